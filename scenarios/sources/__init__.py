@@ -1,0 +1,1 @@
+"""The data behind the scenarios: one file per source."""

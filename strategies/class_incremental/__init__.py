@@ -1,0 +1,1 @@
+"""Methods for streams of new classes."""

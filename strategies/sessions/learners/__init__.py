@@ -1,0 +1,1 @@
+"""Learners: one session of training for a language model."""

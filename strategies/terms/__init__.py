@@ -1,0 +1,1 @@
+"""Losses, regularisers and gradient modulators that any gradient strategy can carry."""

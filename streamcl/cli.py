@@ -1,0 +1,215 @@
+"""The command line, and nothing but the command line: each command is a few lines over the function that does it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from streamcl.errors import StreamclError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="A continual-learning streaming engine: describe a stream in YAML, run it, resume it, feed it, deploy it.",
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped configuration (quickstart).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options to change: strategy.epochs=5")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The run's folder; default runs/NAME.")] = None,
+) -> None:
+    """Run a scenario."""
+    from streamcl import running
+
+    running.run(config, overrides or (), out)
+
+
+@app.command()
+def resume(run: Run) -> None:
+    """Go on after any interruption, bit for bit."""
+    from streamcl import running
+
+    status = running.resume(run)
+    typer.echo(f"{run} is done: final {status['metric']} {status['final']:.4f}")
+
+
+@app.command()
+def feed(
+    run: Run,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A file, a folder, or a source such as digits or '{name: csv, path: new.csv}'.")
+    ],
+    test: Annotated[str | None, typer.Option("--test", metavar="DATA", help="What to score of it, in the same forms.")] = None,
+    holdout: Annotated[float, typer.Option("--holdout", min=0.0, max=0.9, help="Score this part of DATA and do not learn it.")] = 0.0,
+    name: Annotated[str | None, typer.Option("--name", help="What to call the new task.")] = None,
+) -> None:
+    """New data has arrived: learn it as the next task of a finished run."""
+    from streamcl import feeding
+
+    feeding.feed(run, data, test=test, holdout=holdout, name=name)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help="Labelled data; default: the run's own test sets.")] = None,
+) -> None:
+    """Score a run's model."""
+    from streamcl import scoring
+
+    typer.echo(scoring.table(scoring.score(run, data)))
+
+
+@app.command()
+def export(run: Run, directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet.")]) -> None:
+    """Write the model for others: weights, class names, preprocessing, licence, card."""
+    from streamcl import exporting
+
+    typer.echo(f"exported to {exporting.export(run, directory)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the accuracy curves into this PNG.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write one HTML page with all of them.")] = None,
+) -> None:
+    """A table of runs, side by side, and a picture."""
+    from streamcl import comparing
+
+    typer.echo(comparing.table(runs))
+    if picture is not None:
+        comparing.picture(runs, picture)
+        typer.echo(f"picture: {picture}")
+    if report is not None:
+        comparing.page(runs, report)
+        typer.echo(f"report: {report}")
+
+
+@app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    over: Annotated[
+        list[str] | None, typer.Option("--over", metavar="KEY=A,B,C", help="seed=0..4, strategy=er,icarl; every combination is run.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Runs at a time; default: one for each core.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the runs go; default runs/NAME-sweep.")] = None,
+) -> None:
+    """Many runs on the local cores, ranked on validation; started again, it goes on where it was."""
+    from streamcl import sweeping
+
+    swept = sweeping.sweep(config, overrides or (), over or (), workers=workers, out=out)
+    typer.echo(swept.table)
+    raise typer.Exit(swept.exit_code)
+
+
+@app.command(name="list")
+def list_(kind: Annotated[str | None, typer.Argument(metavar="KIND", help="scenarios, sources, strategies, terms, ...")] = None) -> None:
+    """What there is, in a line each."""
+    from streamcl import listing
+
+    typer.echo(listing.listing(kind))
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME | RUN | CONFIG", help="A plug-in, a run's folder, or a configuration.")],
+    kind: Annotated[str | None, typer.Option("--kind", help="Which one, where several kinds have the name.")] = None,
+) -> None:
+    """What a plug-in is, its options and its paper; a run; a configuration with every default filled in."""
+    from streamcl import listing
+
+    typer.echo(listing.show(name, kind))
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(metavar="strategy | scenario")],
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    folder: Annotated[Path, typer.Option("--folder", help="Where to write it.")] = Path(),
+) -> None:
+    """A working file to start from, with its configuration and its test."""
+    from streamcl import scaffolding
+
+    typer.echo(scaffolding.new(kind, name, folder))
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Everything that can be checked without running."""
+    from streamcl import listing
+
+    typer.echo(listing.check(config, overrides or ()))
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of the YAML, for editors."""
+    import json
+
+    from streamcl.schema import schema
+
+    typer.echo(json.dumps(schema(), indent=1))
+
+
+@app.command()
+def version() -> None:
+    """The version of streamcl."""
+    from streamcl import __version__
+
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Run the command; a person's mistake is one message and an exit code. With STREAMCL_DEBUG=1 its traceback is shown as well."""
+    try:
+        if sys.argv[1:2] == ["list"] and not any(word.startswith("-") for word in sys.argv[2:]) and len(sys.argv) <= 3:
+            from streamcl import listing  # typer imports pydantic for any command, which takes longer than the list itself
+
+            print(listing.listing(*sys.argv[2:]))
+            sys.exit(0)
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="streamcl", standalone_mode=False) or 0)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except StreamclError as error:
+        _stop(str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # typer's own: the command is wrong
+            _stop(_usage(error), 2)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        _stop(f"{what}. This is a fault of streamcl: please report it, with what STREAMCL_DEBUG=1 adds to this line", 1)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    if os.environ.get("STREAMCL_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"streamcl: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the words of a command, and where they are explained."""
+    message = error.format_message().rstrip(".")
+    command = error.ctx.command_path if error.ctx else "streamcl"
+    return f"{message[:1].lower()}{message[1:]}" + ("" if "Did you mean" in message else f"; see {command} --help")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""What finished runs reached, side by side: a table of text and a picture. Runs that differ only in their seed are one row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from streamcl.errors import RunError
+from streamcl.wording import NOTHING, Scale, aligned, size, spans
+
+# settings that change nothing in what a run reaches, or that are named in a column of their own
+BESIDE = {"seed", "log", "name", "out"}
+
+Column = tuple[Literal["test", "validation"], str, str]  # the part that was scored, the key in scores.json, and the title
+TEST: tuple[Column, ...] = (
+    ("test", "final", "final"),
+    ("test", "average_incremental", "average incremental"),
+    ("test", "forgetting", "forgetting"),
+)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by colour-blind readers
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says about it. The scores of a run that is not finished are put together from its events."""
+
+    directory: Path
+    config: dict[str, Any]
+    scores: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    status: str = "done"
+    config_text: str = ""
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        directory = Path(directory)
+        if not (directory / "config.yaml").is_file():
+            raise RunError(f"{directory} is no run: it holds no config.yaml")
+        text = (directory / "config.yaml").read_text(encoding="utf-8")
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RunError(f"{directory / 'config.yaml'} cannot be read: {error}") from error
+        status = _json(directory / "status.json").get("status", "done")
+        scores = _json(directory / "scores.json")
+        if status != "done" and (partial := _from_events(directory)) is not None:
+            scores = partial
+        return cls(directory, config if isinstance(config, dict) else {}, scores, _json(directory / "environment.json"), status, text)
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "done" and bool(self.scores)
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed", self.environment.get("seed"))
+
+    @property
+    def strategy(self) -> str:
+        """Its name, and the terms that it carries: er + ewc."""
+        given = self.config.get("strategy")
+        terms = given.get("with") if isinstance(given, dict) else None
+        return " + ".join([_name(given), *map(_name, terms or ())])
+
+    @property
+    def scenario(self) -> str:
+        """Its name and its data: class_incremental of digits."""
+        given = self.config.get("scenario")
+        data = given.get("data") if isinstance(given, dict) else None
+        return _name(given) + (f" of {_name(data)}" if data is not None else "")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What makes runs comparable: every option by its dotted key, without the seed."""
+        return dict(_dotted({key: value for key, value in self.config.items() if key not in BESIDE}))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _from_events(directory: Path) -> dict[str, Any] | None:
+    """The scores so far of a run that did not end; what was learned again after a resume counts once."""
+    from streamcl.evaluation import DEFINITIONS, summarise
+    from streamcl.sinks.jsonl import read_events
+
+    rows: dict[int, dict[str, Any]] = {}
+    tasks: dict[int, dict[str, Any]] = {}
+    for event in read_events(directory / "events.jsonl"):
+        if event.kind == "scored" and event.fields["part"] == "test":
+            rows[event.fields["task"]] = event.fields
+        elif event.kind == "task_finished":
+            tasks[event.fields["task"]] = event.fields
+    if not rows:
+        return None
+    order = range(max(rows) + 1)
+    matrix = [rows[i]["row"] if i in rows else None for i in order]
+    seen = [rows[i]["per_task"] if i in rows else None for i in order]
+    memory = [tasks[i]["memory_bytes"] for i in sorted(tasks)]
+    seconds = tasks[max(tasks)]["seconds"] if tasks else None
+    return {
+        "metric": rows[max(rows)]["metric"],
+        **summarise(matrix, seen),
+        "memory_per_task": memory,
+        "memory_bytes": memory[-1] if memory else None,
+        "seconds": seconds if isinstance(seconds, dict) else None,
+        "definitions": DEFINITIONS,
+    }
+
+
+def _name(given: Any) -> str:
+    """The name of a plug-in as the YAML gives it; of a class in a file, the class."""
+    name = given.get("name") if isinstance(given, dict) else given
+    return str(name).rsplit(":", 1)[-1] if ".py:" in str(name) else str(name or "?")
+
+
+def _dotted(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _dotted(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs with the same settings and different seeds."""
+
+    runs: list[Run]
+    label: str
+
+    def values(self, key: str, part: str = "test") -> list[float]:
+        """One figure of every run that has it."""
+        scores = [run.scores if part == "test" else run.scores.get("validation") or {} for run in self.runs]
+        return [one[key] for one in scores if one.get(key) is not None]
+
+    def seconds(self) -> list[float]:
+        """The whole time of every run that knows it."""
+        return [run.scores["seconds"]["total"] for run in self.runs if run.scores.get("seconds")]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean over seeds, its standard deviation (n - 1), and half the width of its 95 % confidence interval by Student's t."""
+
+    mean: float
+    deviation: float | None = None
+    half_width: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate | None:
+        if not values:
+            return None
+        n, mean = len(values), math.fsum(values) / len(values)
+        if n == 1:
+            return cls(mean)
+        from scipy.special import stdtrit
+
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+        return cls(mean, deviation, float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n))
+
+    def text(self, scale: Scale) -> str:
+        """91.2 ± 0.8 [90.4, 92.0]"""
+        if self.deviation is None or self.half_width is None:
+            return scale.number(self.mean)
+        low, high = (scale.number(self.mean + sign * self.half_width) for sign in (-1, 1))
+        return f"{scale.number(self.mean)} ± {scale.number(self.deviation)} [{low}, {high}]"
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Runs by their settings, in the order of first appearance, with labels that tell the groups apart."""
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        by_settings.setdefault(json.dumps(run.settings, sort_keys=True, default=str), []).append(run)
+    found = list(by_settings.values())
+    keys = sorted({key for members in found for key in members[0].settings})
+    named = {"strategy", "strategy.name", "scenario", "scenario.name", "scenario.data", "scenario.data.name"}
+    labels = []
+    for members in found:
+        alike = [other[0] for other in found if other[0].strategy == members[0].strategy and other[0].scenario == members[0].scenario]
+        mine = members[0].settings
+        differs = [key for key in keys if key not in named and len({str(one.settings.get(key)) for one in alike}) > 1]
+        labels.append(", ".join([members[0].strategy, *(f"{shortest_key(key, keys)}={mine.get(key, NOTHING)}" for key in differs)]))
+    return [Group(members, label) for members, label in zip(found, labels, strict=True)]
+
+
+def shortest_key(key: str, keys: Sequence[str]) -> str:
+    """The last part of a dotted key where no other key ends in it."""
+    last = key.rsplit(".", 1)[-1]
+    return last if sum(other.rsplit(".", 1)[-1] == last for other in keys) == 1 else key
+
+
+def _read(directories: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The finished runs, and a line about each of the others."""
+    runs = [Run.read(directory) for directory in directories]
+    left_out = [f"left out: {run.directory} ({run.status if run.status != 'done' else 'no scores'})" for run in runs if not run.finished]
+    return [run for run in runs if run.finished], left_out
+
+
+def table(directories: Sequence[Path]) -> str:
+    """The finished runs among `directories`, one line for each group of seeds; the others are named below and left out."""
+    runs, left_out = _read(directories)
+    if not runs:
+        return "\n".join(["none of these runs is finished", *left_out])
+    found = groups(runs)
+    validated = any(group.values("final", "validation") for group in found)
+    validation: list[Column] = [("validation", "final", "validation")] if validated else []
+    figures, notes = figure_rows(found, [*TEST, *validation])
+    starts = [["strategy", "scenario", "seed"]]
+    starts += [[group.label, group.runs[0].scenario, spans([run.seed for run in group.runs if run.seed is not None])] for group in found]
+    return "\n".join([*ruled([[*start, *row] for start, row in zip(starts, figures, strict=True)], left=3), "", *notes, *left_out])
+
+
+def figure_rows(found: Sequence[Group], columns: Sequence[Column]) -> tuple[list[list[str]], list[str]]:
+    """A header and a row for each group, of the columns, memory and seconds; and the lines that say what the numbers are."""
+    scales = {
+        (part, key): Scale(value for group in found for value in [*group.values("final", part), *group.values(key, part)])
+        for part, key, _ in columns
+    }
+    rows = [[*(title for _, _, title in columns), "memory", "seconds"]]
+    for group in found:
+        cells = []
+        for part, key, _ in columns:
+            estimate = Estimate.of(group.values(key, part))
+            cells.append(NOTHING if estimate is None else estimate.text(scales[part, key]))
+        memory, seconds = Estimate.of(group.values("memory_bytes")), Estimate.of(group.seconds())
+        rows.append([*cells, size(memory.mean if memory else None), f"{seconds.mean:.1f}" if seconds else NOTHING])
+    metrics = sorted({str(run.scores["metric"]) for group in found for run in group.runs})
+    unit = " in %" if all(scale.percent for scale in scales.values()) else ""
+    notes = [f"{' and '.join(metrics)}{unit}; forgetting{' in points' if unit else ''}; memory and seconds are means"]
+    if any(len(group.runs) > 1 for group in found):
+        notes.append("several seeds: mean ± standard deviation [95 % confidence interval of the mean, Student's t]")
+    return rows, notes
+
+
+def ruled(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """The lines of a table with a rule under its header."""
+    lines = aligned(rows, left=left)
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def page(directories: Sequence[Path], path: Path) -> None:
+    """The report of the first run, with the others beside it."""
+    from streamcl.report_page import render
+    from streamcl.writing import write_atomically
+
+    write_atomically(path, render(directories[0], directories[1:]))
+
+
+def picture(directories: Sequence[Path], path: Path) -> None:
+    """A PNG: the score on all classes seen after each task, and what is forgotten against what is reached in the end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs, _ = _read(directories)
+    if not runs:
+        raise RunError("none of these runs is finished: there is nothing to draw")
+    found = groups(runs)
+    scale = Scale(value for run in runs for value in run.scores["per_task"])
+    factor = 100 if scale.percent else 1
+    unit = " (%)" if scale.percent else ""
+    metric = runs[0].scores["metric"]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, ends = figure.subplots(1, 2, width_ratios=(3, 2))
+    for number, group in enumerate(found):
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        length = max(len(run.scores["per_task"]) for run in group.runs)
+        at = [
+            Estimate.of(
+                [value for run in group.runs if i < len(run.scores["per_task"]) and (value := run.scores["per_task"][i]) is not None]
+            )
+            for i in range(length)
+        ]
+        known = [(i + 1, e.mean * factor, (e.half_width or 0.0) * factor) for i, e in enumerate(at) if e is not None]
+        x, y, half = (list(column) for column in zip(*known, strict=True))
+        curves.plot(x, y, label=group.label, linewidth=1.6, markersize=4, **style)
+        if any(half):
+            low, high = ([m + sign * h for m, h in zip(y, half, strict=True)] for sign in (-1, 1))
+            curves.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        final, forgetting = (Estimate.of(group.values(key)) for key in ("final", "forgetting"))
+        if final is not None and forgetting is not None:
+            ends.errorbar(
+                forgetting.mean * factor,
+                final.mean * factor,
+                xerr=(forgetting.half_width or 0.0) * factor,
+                yerr=(final.half_width or 0.0) * factor,
+                elinewidth=1,
+                **style,
+            )
+    curves.set(xlabel="tasks learned", ylabel=f"{metric} on all classes seen{unit}")
+    curves.xaxis.get_major_locator().set_params(integer=True)
+    ends.set(xlabel=f"forgetting{' (points)' if scale.percent else ''}", ylabel=f"final {metric}{unit}")
+    for axes in (curves, ends):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    curves.legend(frameon=False, fontsize="small")
+    several = any(len(group.runs) > 1 for group in found)
+    if several:
+        curves.set_title("bands and bars: 95 % confidence interval over seeds", fontsize="small", loc="left")
+    figure.savefig(path, dpi=160)
+
+
+def matrix_cells(scores: dict[str, Any], width: int) -> tuple[str, list[str], list[list[str]], list[list[float | None]], Scale]:
+    """The matrix for lines of `width`: a title, a header, the rows as text, their values without the first column, and the scale.
+
+    Tenths where they fit, else whole numbers; where those do not fit either there are no rows, and the last one is in the title.
+    """
+    matrix, seen = scores["matrix"], scores["per_task"]
+    if not matrix:
+        return "nothing was scored", [], [], [], Scale([])
+    columns = len(matrix[0])
+    room = (width - 6) // (columns + 1)
+    scale = Scale((value for row in [*matrix, seen] for value in row), digits=1 if room >= 7 else 0)
+    title = f"{scores['metric']}{' in %' if scale.percent else ''} after each task (down) on the test set of each task (across)"
+    header = ["", *(str(j + 1) for j in range(columns)), "all seen"]
+    if room < 5:
+        return f"{title}\n  after task {len(matrix)}: {' '.join(map(scale.number, matrix[-1]))}", [], [], [], scale
+    values = [[*row, seen[i]] for i, row in enumerate(matrix)]
+    cells = [[str(i + 1), *("" if v is None else scale.number(v) for v in row)] for i, row in enumerate(values)]
+    return title, header, cells, values, scale
+
+
+def matrix_text(scores: dict[str, Any], width: int = 160) -> str:
+    """The accuracy matrix as aligned text."""
+    title, header, cells, _, _ = matrix_cells(scores, width)
+    return "\n".join([title, *("  " + line for line in aligned([header, *cells], left=0) if cells)])

@@ -1,0 +1,267 @@
+"""Data sets and batches: vectorised in memory, workers for what is on disk. The order of reading is always the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from streamcl.errors import DataError, StreamclError
+from streamcl.stream import Batch, Column, Dataset, join, level, take
+
+CHUNK = 256  # samples; smaller batches are looked up together
+
+
+class MapDataset:
+    """What data sets that can be read at any index share: batches in any order, and views of a part."""
+
+    targets: Tensor
+    ids: Tensor
+    workers: int = 0  # processes that read ahead
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        raise NotImplementedError
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        plan = order.split(size) if len(order) else ()
+        if self.workers == 0 or len(plan) < 2:
+            yield from map(self.__getitem__, plan)
+            return
+        loader: DataLoader = DataLoader(
+            _Guarded(self),  # type: ignore[arg-type]
+            sampler=plan,
+            batch_size=None,
+            num_workers=min(self.workers, len(plan)),
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's generator, or a resume would differ
+        )
+        for answer in loader:
+            if isinstance(answer, StreamclError):
+                raise answer
+            yield answer
+
+    def batches(self, size: int, shuffle: bool = False, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        order = torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self))
+        return self.read(order, size)
+
+
+class ArrayDataset(MapDataset):
+    """Samples that lie in memory: one column per modality, indexed a batch at a time.
+
+    Images stay uint8 until they reach the device. `targets` are the numbers of the classes, or the rows of a label matrix.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, Column],
+        targets: Tensor,
+        ids: Tensor | None = None,
+        present: dict[str, Tensor] | None = None,
+        extra: dict[str, Column] | None = None,
+    ) -> None:
+        self.inputs, self.targets, self.present, self.extra = inputs, targets, present, extra or {}
+        self.ids = torch.arange(len(targets)) if ids is None else ids
+        for name, column in {**inputs, **self.extra, **(present or {}), "ids": self.ids}.items():
+            if len(column) != len(targets):
+                raise DataError(f"{name} has {len(column)} rows and the targets have {len(targets)}: they must be equally many")
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return Batch(
+            {name: take(values, indices) for name, values in self.inputs.items()},
+            self.targets.index_select(0, indices),
+            self.ids.index_select(0, indices),
+            None if self.present is None else {name: mask.index_select(0, indices) for name, mask in self.present.items()},
+            None,
+            {name: take(values, indices) for name, values in self.extra.items()} if self.extra else {},
+        )
+
+
+class FileDataset(MapDataset):
+    """Samples that are decoded when they are read, ahead of time by `workers` processes (0: in this one).
+
+    `decode(rows)` gets row numbers and returns the columns of these rows; it runs inside the workers, so it must not hold open
+    files. A record that does not decode raises DataError with the file and the row.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], dict[str, Column]], targets: Tensor, ids: Tensor | None = None, workers: int = 2
+    ) -> None:
+        self.decode, self.targets, self.workers = decode, targets, workers
+        self.ids = torch.arange(len(targets)) if ids is None else ids
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return Batch(self.decode(indices.tolist()), self.targets.index_select(0, indices), self.ids.index_select(0, indices))
+
+
+class _Guarded:
+    """Hands an error for the person back as a value: raised in a worker, it would arrive wrapped in the worker's traceback."""
+
+    def __init__(self, dataset: MapDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: Tensor) -> Batch | StreamclError:
+        try:
+            return self.dataset[indices]
+        except StreamclError as error:
+            return error
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
+class Subset(MapDataset):
+    """Some samples of another data set, in a given order, with its classes renumbered by `relabel` where that is given."""
+
+    def __init__(self, dataset: Dataset, indices: Tensor, relabel: Tensor | None = None) -> None:
+        targets = dataset.targets.index_select(0, indices)
+        self.targets = targets if relabel is None else relabel[targets]
+        self.dataset, self.indices, self.relabel = dataset, indices, relabel
+        self.ids = dataset.ids.index_select(0, indices)
+        self.workers = getattr(dataset, "workers", 0)
+
+    def _finish(self, batch: Batch) -> Batch:
+        if self.relabel is not None and batch.target is not None:
+            batch.target = self.relabel.index_select(0, batch.target)
+        return batch
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self._finish(self.dataset[self.indices.index_select(0, indices)])
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if isinstance(self.dataset, ArrayDataset):
+            return self._read_in_memory(self.dataset, order, size)
+        return map(self._finish, self.dataset.read(self.indices.index_select(0, order), size))
+
+    def _read_in_memory(self, data: ArrayDataset, order: Tensor, size: int) -> Iterator[Batch]:
+        """Many small batches are looked up at once and handed out as views."""
+        for part in order.split(size * max(1, CHUNK // size)) if len(order) else ():
+            rows = self.indices.index_select(0, part)
+            inputs, present, extra = (
+                {name: _pieces(take(c, rows), size) for name, c in columns.items()}
+                for columns in (data.inputs, data.present or {}, data.extra)
+            )
+            labels = zip(self.targets.index_select(0, part).split(size), self.ids.index_select(0, part).split(size), strict=True)
+            for step, (targets, ids) in enumerate(labels):
+                yield Batch(
+                    {name: pieces[step] for name, pieces in inputs.items()},
+                    targets,
+                    ids,
+                    {name: pieces[step] for name, pieces in present.items()} if present else None,  # type: ignore[misc]
+                    None,
+                    {name: pieces[step] for name, pieces in extra.items()} if extra else {},
+                )
+
+
+def _pieces(column: Column, size: int) -> Sequence[Column]:
+    return [column[start : start + size] for start in range(0, len(column), size)] if isinstance(column, list) else column.split(size)
+
+
+class Joined(MapDataset):
+    """Data sets one after another, read as one: ahead, in other processes, where any of them is."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self.datasets = [d for d in datasets if len(d)]
+        self.targets = torch.cat(level([d.targets for d in datasets]))
+        self.ids = torch.cat([d.ids for d in datasets])
+        self.starts = torch.tensor([0] + [len(d) for d in self.datasets]).cumsum(0)
+        self.workers = max((getattr(d, "workers", 0) for d in self.datasets), default=0)
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        owner = torch.bucketize(indices, self.starts[1:], right=True)
+        pieces, places = [], []
+        for number in owner.unique().tolist():
+            mine = (owner == number).nonzero().squeeze(1)
+            places.append(mine)
+            pieces.append(self.datasets[number][indices[mine] - self.starts[number]])
+        if len(pieces) == 1:
+            return pieces[0]
+        return Batch.cat(pieces)[torch.cat(places).argsort()]
+
+
+class SinglePass(MapDataset):
+    """Samples that may be read once, as in an online stream: a second reading is an error that says so."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.targets, self.ids = dataset, dataset.targets, dataset.ids
+        self.read_already = torch.zeros(len(dataset), dtype=torch.bool)
+
+    def _mark(self, indices: Tensor) -> None:
+        if bool(self.read_already[indices].any()):
+            raise DataError(
+                "this stream is single-pass (scenario.online: true) and a sample was read twice: "
+                "use a strategy that reads each one once, with epochs: 1"
+            )
+        self.read_already[indices] = True
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        self._mark(indices)
+        return self.dataset[indices]
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        for indices, batch in zip(order.split(size) if len(order) else (), self.dataset.read(order, size), strict=True):
+            self._mark(indices)
+            yield batch
+
+
+def whole(dataset: Dataset, size: int = 1024) -> Batch:
+    """A data set as one batch."""
+    return Batch.cat(list(dataset.batches(size)))
+
+
+def place_in_class(targets: Tensor) -> Tensor:
+    """The how-manieth sample of its class each one is, counted from 0  # (samples,)"""
+    order = targets.argsort(stable=True)
+    counts = targets[order].unique_consecutive(return_counts=True)[1]
+    place = torch.empty_like(targets)
+    place[order] = torch.arange(len(targets)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return place
+
+
+def split_by_class(targets: Tensor, fraction: float, generator: torch.Generator, at_least: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices of two parts, each in the order of the samples; the second gets `fraction` of every class, drawn at random.
+
+    A class gives the whole number below or above its share, so that the second part as a whole has the size asked for; it gives
+    `at_least` this many, and it always keeps one sample.
+    """
+    shuffled = torch.randperm(len(targets), generator=generator)
+    _, group, counts = targets[shuffled].unique(return_inverse=True, return_counts=True)
+    up_to = (counts.cumsum(0).double() * fraction + 0.5).floor().long()
+    share = up_to.diff(prepend=up_to.new_zeros(1)).clamp(min=at_least).minimum(counts - 1)
+    held = torch.zeros(len(targets), dtype=torch.bool)
+    held[shuffled] = place_in_class(group) < share[group]
+    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+
+
+__all__ = [
+    "ArrayDataset",
+    "Column",
+    "FileDataset",
+    "Joined",
+    "MapDataset",
+    "SinglePass",
+    "Subset",
+    "check_finite",
+    "join",
+    "place_in_class",
+    "split_by_class",
+    "whole",
+]
+
+
+def check_finite(columns: dict[str, Any], where: str) -> None:
+    """Raise DataError naming the first rows with NaN or infinite values, and how many there are."""
+    for name, column in columns.items():
+        if isinstance(column, Tensor) and column.is_floating_point():
+            bad = (~torch.isfinite(column.flatten(1) if column.dim() > 1 else column[:, None])).any(dim=1).nonzero().squeeze(1)
+            if len(bad):
+                rows = ", ".join(str(r) for r in bad[:5].tolist())
+                raise DataError(
+                    f"{where}: {len(bad)} rows of {name} hold NaN or infinite values (rows {rows}{', ...' if len(bad) > 5 else ''})"
+                )

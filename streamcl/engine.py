@@ -1,0 +1,594 @@
+"""The loop: learn a task, score it, write a checkpoint, report. Everything that a run needs and no method should know."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamcl.checkpoint import Checkpoints, tree_bytes
+from streamcl.config import EngineConfig, EvaluateConfig
+from streamcl.context import TICK, Context
+from streamcl.contracts import Memory
+from streamcl.errors import ConfigError, DataError, DiskError, Interrupted, PluginError, StreamclError, TrainingError
+from streamcl.evaluation import Evaluation
+from streamcl.events import Events, Sink
+from streamcl.nn.backbone import Backbone
+from streamcl.nn.model import Model
+from streamcl.plugins import find, package_folder
+from streamcl.preparing import Preparation
+from streamcl.processes import Processes
+from streamcl.run_folder import RunFolder, environment
+from streamcl.seeding import random_state, restore_random, seed_everything
+from streamcl.strategy import Strategy
+from streamcl.stream import Batch, Dataset, Prediction, Scenario, Task
+from streamcl.writing import DISK_TROUBLE, disk_error
+
+
+class Engine:
+    """One run of a strategy over a scenario. Without a folder nothing is written and the scores are returned.
+
+    >>> scores = Engine(scenario, strategy, backbone).run()
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        strategy: Strategy,
+        model: Backbone,
+        memory: Memory | None = None,
+        *,
+        seed: int = 0,
+        engine: EngineConfig | None = None,
+        evaluate: EvaluateConfig | None = None,
+        log: Sequence[Sink] = (),
+        weights: Mapping[str, Tensor] | None = None,
+        folder: RunFolder | None = None,
+        name: str = "run",
+    ) -> None:
+        self.scenario, self.strategy, self.seed, self.folder, self.name = scenario, strategy, seed, folder, name
+        self.settings, self.evaluate = engine or EngineConfig(), evaluate or EvaluateConfig()
+        self.processes = Processes.join(self.settings, strategy)
+        self.device = self.processes.device(self.settings.device)
+        self.precision = _precision(self.settings.precision, self.device)
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        if self.settings.deterministic and self.device.type == "cuda":  # on a CPU the kernels are deterministic as they are
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        seed_everything(seed)
+        self.info = scenario.open(seed)
+        model.build(self.info)
+        if weights is not None:  # the backbone's first weights, where it does not start from its own
+            model.load_state_dict(weights)
+            model.origin = None
+        self.model = Model(model).to(self.device)
+        if self.processes.world > 1 and self.device.type == "cuda":  # statistics of the whole batch, as on one process
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        elif self.processes.world > 1 and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
+            raise ConfigError(
+                "this backbone has batch normalisation, whose statistics several processes can share on CUDA only: start one process, "
+                "or take a backbone without it"
+            )
+        self.model.remember()
+        if self.settings.compile:
+            self.model.backbone.compile()
+        self.memory = memory if memory is not None else find("memory", "faiss").load()()
+        self.memory.open(seed, strategy.selection, self.device)
+        transforms = model.transforms() if scenario.transforms is None else scenario.transforms
+        self.events = Events(log if self.processes.first else ())
+        self.context = Context(
+            self.model,
+            self.memory,
+            self.events,
+            Preparation(self.info, transforms),
+            seed=seed,
+            device=self.device,
+            precision=self.precision,
+            workdir=folder.path if folder else None,
+            rank=self.processes.rank,
+            world=self.processes.world,
+        )
+        self.context.tick = self._tick
+        self.evaluation = Evaluation(
+            self.info,
+            tuple(self.evaluate.protocols),
+            batch=self.evaluate.batch,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            device=self.device,
+        )
+        self.checkpoints = Checkpoints(folder.checkpoints, self.settings.checkpoint.keep) if folder else None
+        self.tasks: list[Task] = []  # what was emitted so far
+        self.before: dict[str, Any] = {}  # the scenario's state before the task at hand
+        self.phase = "learn"
+        self.scored_at = 0  # samples seen at the last score within a task
+        self.resumed_passes: dict[int, dict[str, list[int]]] = {}
+        self.seconds = {"learn": 0.0, "evaluate": 0.0, "checkpoint": 0.0, "total": 0.0}
+        self.memory_per_task: list[int] = []
+        self.first_model_bytes = 0
+        self.last_checkpoint = (0, time.monotonic())  # step and time
+        self.last_path: Path | None = None
+        self.last_progress = (0, time.monotonic())
+        self.stamp = time.monotonic()  # up to when `seconds` are accounted for
+        self._figures: dict[str, list[float]] = {}
+        self._measures = type(strategy).measure is not Strategy.measure
+        if strategy.needs_exemplars and self.memory.exemplars.budget == 0:
+            raise ConfigError(f"{_plugin_name(strategy)} needs exemplars and memory.exemplars is 0: set it to 200, say")
+        strategy.start(self.info, self.context)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------------------
+
+    def run(self, resume: bool = False) -> dict[str, Any]:
+        """Go through the stream to its end and return what scores.json holds."""
+        restored = bool(resume and self._restore())
+        self.processes.any(False)  # nobody writes before all have read
+        for sink in self.events.sinks:
+            sink.open(self.folder.path if self.folder else Path())
+        try:
+            with self._signals():
+                self._announce(restored)
+                self._status("running")
+                self._go_through(restored)
+                self._save()
+                scores = self._scores()
+                self._finish(scores)
+                return scores
+        except KeyboardInterrupt:
+            self._stopped("interrupted")
+            raise Interrupted(self._stop_message("interrupted")) from None
+        except Interrupted:
+            self._stopped("interrupted")
+            raise
+        except StreamclError as error:
+            self._stopped("failed", error)
+            raise
+        except OSError as error:
+            if error.errno not in DISK_TROUBLE:
+                self._stopped("failed", error)
+                raise _from_plugin(error, f"{self._where()} {self._resume_hint()}") from error
+            full = disk_error(error, Path(error.filename or (self.folder.path if self.folder else "")))
+            self._stopped("failed", full)
+            raise full from error
+        except Exception as error:
+            self._stopped("failed", error)
+            raise _from_plugin(error, f"{self._where()} {self._resume_hint()}") from error
+        finally:
+            self.events.close()
+
+    def _go_through(self, restored: bool) -> None:
+        if self.evaluate.future and not restored:
+            self._baseline()
+        while (task := self._next_task()) is not None:
+            if self.phase == "learn":  # else it was stopped while it was scored, and is learned already
+                self._learn(task)
+                self.phase = "score"
+                self._save()  # what was learned is never lost to what goes wrong in scoring
+            self._score(task)
+
+    def _next_task(self) -> Task | None:
+        self.before = self.scenario.state()
+        task = next(iter(self.scenario), None)
+        if task is None:
+            return None
+        if hasattr(task.train, "__len__") and len(task.train) == 0:
+            raise DataError(f"task {task.index} ({task.name}) has no sample to learn from")
+        self.context.earlier = list(self.tasks)
+        self.tasks.append(task)
+        return task
+
+    def _learn(self, task: Task) -> None:
+        context = self.context
+        context.begin(task, self.resumed_passes.pop(task.index, {}))
+        self.events.emit(
+            "task_started",
+            task=task.index,
+            name=task.name,
+            samples=len(task.train) if hasattr(task.train, "__len__") else None,
+            classes=[task.names.get(c, str(c)) for c in task.classes],
+            seen=len(task.seen),
+        )
+        self._set_limits()
+        self.last_progress = (context.steps, time.monotonic())
+        self._account(None)
+        self.strategy.learn(task)
+        self.model.eval()
+        self._account("learn")
+        self._check_finite()
+        if not self.first_model_bytes:
+            self.first_model_bytes = _model_bytes(self.model)
+        self.memory_per_task.append(
+            self.memory.nbytes() + tree_bytes(self.strategy.state()) + max(0, _model_bytes(self.model) - self.first_model_bytes)
+        )
+
+    def _score(self, task: Task) -> None:
+        self._account(None)
+        for part in ("test", "validation"):
+            columns = self._columns(task, part)
+            if columns or part == "test":
+                self._figures = {}
+                fields = self.evaluation.score(task, columns, self._predict, part=part, between=self._between)
+                figures = self.processes.means(self._figures) if part == "test" and self._measures else {}
+                if figures:
+                    self.evaluation.figures(task, figures)
+                    self.events.emit("figures", task=task.index, **figures)
+                self.events.emit("scored", **fields)
+                if fields["warning"]:
+                    self.events.warn(fields["warning"])
+        self._account("evaluate")
+        self.before, self.phase = self.scenario.state(), "learn"
+        self.context.task = None
+        self.events.emit(
+            "task_finished",
+            task=task.index,
+            seconds=dict(self.seconds),
+            memory_bytes=self.memory_per_task[-1],
+            parameters=sum(p.numel() for p in self.model.parameters()),
+        )
+        if self.processes.any(self.context.interrupted):
+            self._save()
+            raise Interrupted(self._stop_message("interrupted"))
+
+    def _account(self, kind: str | None) -> None:
+        """The time since the last account was spent on this kind of work; None for what has no name of its own."""
+        now = time.monotonic()
+        if kind is not None:
+            self.seconds[kind] += now - self.stamp
+        self.seconds["total"] += now - self.stamp
+        self.stamp = now
+
+    def _columns(self, after: Task, part: str) -> list[tuple[Task, Dataset]]:
+        tasks = self._every_task() if part == "test" and self.evaluate.future else self.tasks
+        pairs = ((task, self.scenario.test(task, after) if part == "test" else task.validation) for task in tasks)
+        return [(task, data) for task, data in pairs if data is not None and len(data)]
+
+    def _every_task(self) -> list[Task]:
+        try:
+            count = len(self.scenario)
+        except TypeError:
+            raise ConfigError(
+                "evaluate.future needs a stream that knows its tasks in advance; this one does not: set evaluate.future=false"
+            ) from None
+        return self.tasks + [self.scenario.task(i) for i in range(len(self.tasks), count)]
+
+    def _baseline(self) -> None:
+        tasks = self._every_task()
+        columns = [(task, data) for task in tasks if (data := self.scenario.test(task, task)) is not None]
+        state = random_state()
+        head = self.model.head
+        head.resize(max(label for task in tasks for label in task.seen) + 1)
+        self.evaluation.baseline(columns, lambda batch: Prediction(self._forward(batch)))
+        head.resize(0)
+        restore_random(state)
+
+    # -- predicting -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        return self.model(self.context.prepare(batch, train=False))
+
+    @torch.no_grad()
+    def _predict(self, batch: Batch) -> Prediction:
+        prepared = self.context.prepare(batch.replace(target=None), train=False)
+        with self.context.autocast():
+            prediction = self.strategy.predict(prepared)
+            if self._measures:
+                for name, value in self.strategy.measure(self.context.prepare(batch, train=False)).items():
+                    total = self._figures.setdefault(name, [0.0, 0.0])
+                    total[0] += float(value) * len(batch)
+                    total[1] += len(batch)
+        return prediction
+
+    # -- between two batches ----------------------------------------------------------------------------------------------------
+
+    def _set_limits(self) -> None:
+        context, every = self.context, self.settings.checkpoint.every
+        limit = math.inf
+        if isinstance(every, dict) and "steps" in every:
+            limit = self.last_checkpoint[0] + every["steps"]
+        if self.processes.world > 1:
+            limit = min(limit, context.steps + 10)
+            context.next_tick = math.inf
+        if isinstance(self.evaluate.every, dict):
+            limit = 0  # samples are counted at every step
+        context.step_limit = limit
+
+    def _tick(self) -> None:
+        context = self.context
+        context.interrupted = self.processes.any(context.interrupted)
+        now = time.monotonic()
+        if now - self.last_progress[1] >= TICK:
+            self._progress(now)
+        if (
+            isinstance(self.evaluate.every, dict)
+            and context.samples // self.evaluate.every["samples"] > self.scored_at // self.evaluate.every["samples"]
+        ):
+            self._any_time()
+        every = self.settings.checkpoint.every
+        if context.interrupted:
+            self._save()
+            raise Interrupted(self._stop_message("interrupted"))
+        if isinstance(every, dict):
+            due = (
+                context.steps - self.last_checkpoint[0] >= every["steps"]
+                if "steps" in every
+                else now - self.last_checkpoint[1] >= every["seconds"]
+            )
+            if due:
+                self._save()
+        self._set_limits()
+
+    def _progress(self, now: float) -> None:
+        context = self.context
+        steps, then = self.last_progress
+        figures = {name: float(value) for name, value in context.logged.items()}
+        if not math.isfinite(figures.get("loss", 0.0)):
+            raise TrainingError(f"the loss is {figures['loss']} at epoch {context.position.get('epoch', 0) + 1}")  # type: ignore[operator]
+        name = str(context.position.get("pass", ""))
+        epoch, step = context.passes.get(name, [0, 0])
+        batch = context.samples / max(1, context.steps)
+        assert context.task is not None
+        self.events.emit(
+            "progress",
+            task=context.task.index,
+            **{"pass": name},
+            epoch=epoch,
+            epochs=context.position.get("epochs", 1),
+            step=step,
+            steps=context.position.get("steps", 0),
+            global_step=context.steps,
+            samples_per_second=(context.steps - steps) * batch / (now - then),
+            **figures,
+        )
+        self.last_progress = (context.steps, now)
+
+    def _any_time(self) -> None:
+        context = self.context
+        assert context.task is not None
+        self._account("learn")
+        state, drawn = random_state(), context.generator.get_state()
+        with self.model.evaluating():
+            accuracy = self.evaluation.any_time(context.samples, context.task, self._columns(context.task, "test"), self._predict)
+        restore_random(state)  # looking changes nothing
+        context.generator.set_state(drawn)
+        self._account("evaluate")
+        self.scored_at = context.samples
+        self.events.emit("any_time", task=context.task.index, samples=context.samples, accuracy=accuracy)
+
+    def _between(self) -> None:
+        """Between two batches of scoring: the checkpoint before it holds all that was learned, so a stop here writes nothing."""
+        if self.context.interrupted and self.processes.world == 1:
+            raise Interrupted(self._stop_message("interrupted"))
+
+    # -- state ------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        context = self.context
+        return {
+            "phase": self.phase,
+            "task": context.task.index if context.task is not None else None,
+            "passes": {name: list(where) for name, where in context.passes.items()} if context.task is not None else {},
+            "steps": context.steps,
+            "samples": context.samples,
+            "scored_at": self.scored_at,
+            "classes": self._class_names(),
+            "generator": context.generator.get_state(),
+            "scenario": self.before,
+            "strategy": self.strategy.state(),
+            "model": self.model.state(),
+            "memory": self.memory.state(),
+            "evaluation": self.evaluation.state(),
+            "random": random_state(),
+            "seconds": dict(self.seconds),
+            "memory_per_task": list(self.memory_per_task),
+            "first_model_bytes": self.first_model_bytes,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `state` returned, on an engine that was built from the same settings."""
+        context = self.context
+        self.scenario.restore(state["scenario"])
+        self.tasks = self.scenario.past()
+        self.strategy.restore(state["strategy"])
+        self.model.restore(state["model"])
+        self.model.to(self.device)
+        self.memory.restore(state["memory"])
+        self.evaluation.restore(state["evaluation"])
+        context.steps, context.samples, self.scored_at = state["steps"], state["samples"], state["scored_at"]
+        self.seconds.update(state["seconds"])
+        self.memory_per_task, self.first_model_bytes = state["memory_per_task"], state["first_model_bytes"]
+        self.phase = state["phase"]
+        context.generator.set_state(state["generator"])
+        if state["task"] is not None:  # inside a task: it is emitted again, and the passes know how far they got
+            self.resumed_passes[state["task"]] = state["passes"]
+        self.last_checkpoint = (context.steps, time.monotonic())
+        restore_random(state["random"])
+
+    def _class_names(self) -> list[str]:
+        """The classes that have arrived, in that order: with them a checkpoint can be used without its stream."""
+        last = self.tasks[-1] if self.tasks else None
+        return [] if last is None else [last.names.get(label, str(label)) for label in sorted(last.seen)]
+
+    def _restore(self) -> bool:
+        assert self.checkpoints is not None, "a run without a folder cannot be resumed"
+        warnings: list[str] = []
+        state = self.checkpoints.load(warnings.append)
+        self._warnings = warnings
+        if state is None:
+            return False
+        self.last_path = self.checkpoints.path(self.checkpoints.numbers()[-1 - len(warnings)])
+        try:
+            self.restore(state)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ConfigError(f"the checkpoint {self.last_path} does not fit the code that is to go on with it: {error}") from error
+        return True
+
+    def _save(self) -> None:
+        self._check_finite()
+        self.last_checkpoint = (self.context.steps, time.monotonic())  # on every process: they must agree on when the next one is due
+        if self.checkpoints is None or not self.processes.first:
+            return
+        self._account("learn" if self.phase == "learn" and self.context.task is not None else None)
+        path = self.checkpoints.save(self.state())
+        self.last_path, before = path, self.stamp
+        self._account("checkpoint")
+        self._status("running")
+        size = sum(file.stat().st_size for file in path.iterdir())
+        task = self.tasks[-1].index if self.tasks else None
+        self.events.emit("checkpoint", task=task, path=str(path), bytes=size, seconds=self.stamp - before)
+
+    def _check_finite(self) -> None:
+        """A checkpoint never holds weights that are not finite."""
+        bad = [name for name, value in self.model.named_parameters() if not bool(torch.isfinite(value).all())]
+        if bad:
+            raise TrainingError(f"the weights are not finite any more ({bad[0]}{', ...' if len(bad) > 1 else ''})")
+
+    # -- the record -------------------------------------------------------------------------------------------------------------
+
+    def _announce(self, resumed: bool) -> None:
+        self.events.emit(
+            "run_started",
+            name=self.name,
+            directory=str(self.folder.path) if self.folder else None,
+            seed=self.seed,
+            device=str(self.device),
+            precision=self.precision,
+            tasks=self.info.tasks,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            resumed=resumed,
+            strategy=_plugin_name(self.strategy),
+            scenario=_plugin_name(getattr(self.scenario, "first", self.scenario)),  # of a run that was fed, what it began with
+        )
+        for message in getattr(self, "_warnings", ()):
+            self.events.warn(message)
+        if self.folder and self.processes.first:
+            self.folder.write("environment.json", environment(self.seed, str(self.device)))
+
+    def _scores(self) -> dict[str, Any]:
+        self._account(None)
+        parameters = list(self.model.parameters())
+        # Claimed where it is tested. On CUDA the kernels are deterministic as well (engine.deterministic), and no test has shown it yet.
+        exact = self.device.type == "cpu" and self.precision == "float32" and self.processes.world == 1
+        return {
+            **self.evaluation.scores(),
+            "memory_bytes": self.memory_per_task[-1] if self.memory_per_task else 0,
+            "memory_per_task": self.memory_per_task,
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "seconds": dict(self.seconds),
+            "samples_seen": self.context.samples,
+            "resume": {
+                "kind": "bitwise" if exact else "statistical",
+                "why": f"{self.precision} on {self.device.type}"
+                + ("" if self.processes.world == 1 else f", {self.processes.world} processes: sums are ordered by the network"),
+            },
+        }
+
+    def _finish(self, scores: dict[str, Any]) -> None:
+        report = None
+        if self.folder and self.processes.first:
+            self.folder.write("scores.json", scores)
+            self._status("done")
+            report = str(self.folder.path / "report.html")
+        self.events.emit("run_finished", status="done", scores=scores, report=report)
+
+    def _status(self, status: str, **more: Any) -> None:
+        if self.folder and self.processes.first:
+            task = self.context.task
+            self.folder.set_status(
+                status,
+                cursor={"tasks_done": len(self.memory_per_task), "task": task.index if task else None, "step": self.context.steps},
+                **more,
+            )
+
+    def _stopped(self, status: str, error: BaseException | None = None) -> None:
+        if isinstance(error, TrainingError):
+            error.args = (f"{error} {self._where()}; {self._resume_hint()}",)
+        try:
+            known = isinstance(error, StreamclError) or error is None
+            self._status(status, **({"error": str(error) if known else f"{type(error).__name__}: {error}"} if error else {}))
+            self.events.emit("run_finished", status=status, scores=None, report=None)
+        except (DiskError, OSError):
+            return  # the error that stopped the run is the one to tell; the last checkpoint is whole
+
+    def _where(self) -> str:
+        task = self.context.task
+        return f"(task {task.index}, {task.name}, step {self.context.steps})" if task else "(between tasks)"
+
+    def _resume_hint(self) -> str:
+        if self.last_path is None or self.folder is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.last_path}; after the fix: streamcl resume {self.folder.path}"
+
+    def _stop_message(self, what: str) -> str:
+        return f"{what} {self._where()}; go on with: streamcl resume {self.folder.path}" if self.folder else f"{what} {self._where()}"
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM stops at the next batch, with everything saved; a second Ctrl-C at once."""
+        if threading.current_thread() is not threading.main_thread() or self.folder is None:
+            yield
+            return
+        before: dict[signal.Signals, Any] = {}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.context.interrupted and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.context.interrupted = True
+            if self.processes.world == 1:  # several look together, at a step that they all know
+                self.context.step_limit = 0
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _precision(asked: str, device: torch.device) -> str:
+    if asked == "auto":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if asked == "float16" and device.type == "cpu":
+        raise ConfigError("engine.precision is float16 and the device is a CPU: use bfloat16 or float32 there")
+    return asked
+
+
+def _model_bytes(model: Model) -> int:
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def _plugin_name(plugin: object) -> str:
+    kind = type(plugin)
+    return kind.__module__.rsplit(".", 1)[-1] if kind.__module__.startswith("streamcl.") else kind.__name__
+
+
+def _from_plugin(error: Exception, where: str) -> StreamclError:
+    """An error of somebody's code: the message shows the lines outside of streamcl and torch, innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [Path(__file__).resolve().parent, *(package_folder(f"streamcl.{room}") for room in ("scenarios", "strategies", "memory"))]
+    theirs = [
+        frame
+        for frame in frames
+        if "site-packages" not in frame.filename
+        and not frame.filename.startswith("<")
+        and not any(folder in Path(frame.filename).parents for folder in own)
+    ]
+    if not theirs:
+        return PluginError(f"{type(error).__name__}: {error} {where}")
+    lines = [f"  {f.filename}:{f.lineno} in {f.name}: {f.line}" for f in theirs]
+    problem = PluginError("\n".join([f"{type(error).__name__}: {error} {where}", *lines]))
+    problem.exit_code = 2
+    return problem

@@ -1,0 +1,394 @@
+"""New data for a finished run: what arrived becomes the next task of its stream, any number of times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from streamcl.config import plugin_spec
+from streamcl.data import MapDataset, SinglePass, Subset, split_by_class
+from streamcl.data_files import source_for
+from streamcl.errors import ConfigError, DataError, Interrupted, RunError
+from streamcl.learned import check_inputs, described, plain_info
+from streamcl.plugins import plugins
+from streamcl.run_folder import RunFolder
+from streamcl.seeding import generator
+from streamcl.stream import Batch, Dataset, Scenario, Source, SourceData, StreamInfo, Task
+from streamcl.writing import write_atomically
+
+if TYPE_CHECKING:
+    from streamcl.engine import Engine
+
+FIRST_ID = 2**40  # fed samples are numbered from here, so that ids stay unique over the whole stream
+TEST_ID = FIRST_ID // 2  # within a delivery, a test set that it brings: sources may number theirs from 0 again
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One delivery, as RUN/fed/0001.json records it: task `index` of its run.
+
+    What follows `holdout` is filled in when it is first read: the classes that occur in it by their names, the samples of each part, and
+    the files behind it. So the tasks of earlier deliveries are known without reading them again.
+    """
+
+    index: int
+    name: str
+    data: dict[str, Any]
+    test: dict[str, Any] | None = None
+    holdout: float = 0.0
+    classes: list[str] = field(default_factory=list)
+    samples: dict[str, int] = field(default_factory=dict)  # train, validation, test
+    files: dict[str, list[str]] = field(default_factory=dict)  # data, test
+
+    @property
+    def scored_from(self) -> str:
+        """Which of its two sources holds what is scored of it; empty where nothing is."""
+        return "" if not self.samples.get("test") else "data" if self.test is None else "test"
+
+
+class Extended(Scenario):
+    """A scenario with the deliveries that came after it. Classes keep their names: a known one is old, any other is new.
+
+    A delivery that is not recorded yet is read and checked whole by `open`. A recorded one is read when it is needed, so what was
+    learned long ago may be gone, unless the strategy reads it again.
+    """
+
+    def __init__(self, first: Scenario, feeds: Sequence[Feed]) -> None:
+        super().__init__(transforms=first.transforms, validation=first.validation)
+        self.first, self.feeds = first, list(feeds)
+        self.start = self.feeds[0].index  # how many tasks the scenario itself has
+        self._loaded: dict[tuple[int, str], dict[str, Dataset]] = {}
+
+    def open(self, seed: int) -> StreamInfo:
+        self.seed, self.info = seed, self.first.open(seed)
+        if self.info.target != "class" or type(self.first).__iter__ is not Scenario.__iter__:
+            raise ConfigError(
+                "a run can be fed when its samples have one class each and its tasks can be read at any time; this one's cannot"
+            )
+        last = self.first.task(self.start - 1)
+        self._names = [last.names.get(label, str(label)) for label in sorted(last.seen)]
+        self._reached = [len(self._names)]  # how many classes there were before the first delivery, and after each
+        for place, feed in enumerate(self.feeds):
+            fresh = not feed.samples
+            if fresh:
+                feed = self.feeds[place] = dataclasses.replace(feed, classes=self._occurring(feed))
+            self._names += [name for name in feed.classes if name not in self._names]
+            self._reached.append(len(self._names))
+            if fresh:
+                self.feeds[place] = self._checked(place)
+        self.info = dataclasses.replace(self.info, tasks=len(self), classes=len(self._names), class_names=tuple(self._names))
+        return self.info
+
+    def __len__(self) -> int:
+        return self.start + len(self.feeds)
+
+    def task(self, index: int) -> Task:
+        place = index - self.start
+        if place < 0:
+            return self.first.task(index)
+        feed, numbers = self.feeds[place], self._numbers(place)
+        known, reached = self._reached[place : place + 2]
+        labels, held = tuple(sorted(numbers[name] for name in feed.classes)), feed.samples["validation"]
+        once = SinglePass if self.info.passes == 1 else _itself
+        return Task(
+            index=index,
+            name=feed.name,
+            train=Deferred(feed.samples["train"], lambda: once(self._part(place, "train"))),
+            classes=tuple(label for label in labels if label >= known),
+            seen=tuple(range(reached)),
+            labels=labels,
+            validation=Deferred(held, lambda: self._part(place, "validation")) if held else None,
+            names=dict(enumerate(self._names[:reached])),
+        )
+
+    def test(self, task: Task, after: Task) -> Dataset | None:
+        place = task.index - self.start
+        if place < 0:
+            return self.first.test(task, after)
+        return self._part(place, "test") if self.feeds[place].samples["test"] else None
+
+    def files(self) -> list[str]:
+        return [*self.first.files(), *(file for feed in self.feeds for files in feed.files.values() for file in files)]
+
+    # -- reading a delivery -----------------------------------------------------------------------------------------------------
+
+    def _numbers(self, place: int) -> dict[str, int]:
+        """The classes known once this delivery was learned, by name."""
+        return {name: label for label, name in reversed(list(enumerate(self._names[: self._reached[place + 1]])))}
+
+    def _occurring(self, feed: Feed) -> list[str]:
+        data = self._source(feed, "data")
+        if len(data.train) == 0:
+            raise DataError(f"{feed.name} holds no sample")
+        return list(dict.fromkeys(data.class_names[label] for label in _labels(data.train, data, feed.name)))
+
+    def _source(self, feed: Feed, which: str) -> SourceData:
+        data = _built(feed, which).load()
+        check_fit(data, self.info, feed.name if which == "data" else f"the test data of {feed.name}")
+        return data
+
+    def _part(self, place: int, part: str) -> Dataset:
+        """A part of a delivery, which is read when it is first asked for."""
+        feed = self.feeds[place]
+        which = "test" if part == "test" and feed.test is not None else "data"
+        if (place, which) not in self._loaded:
+            try:
+                self._loaded[place, which] = self._read(place, which)
+            except DataError as error:
+                raise DataError(f"task {feed.index} ({feed.name}) is needed again: {error}" if feed.samples else str(error)) from error
+        return self._loaded[place, which][part]
+
+    def _read(self, place: int, which: str) -> dict[str, Dataset]:
+        feed, numbers = self.feeds[place], self._numbers(place)
+        data, first_id = self._source(feed, which), FIRST_ID * (place + 1)
+
+        def delivered(dataset: Dataset, rows: Tensor, first: int = first_id) -> Dataset:
+            relabel = torch.tensor([numbers.get(name, -1) for name in data.class_names])
+            unknown = [data.class_names[label] for label in _labels(dataset, data, feed.name) if relabel[label] < 0]
+            if unknown:
+                raise DataError(f"the test data of {feed.name} has classes that nothing was learned of: {', '.join(unknown[:5])}")
+            return _Delivered(dataset, rows, relabel, first)
+
+        if which == "test":
+            test = held_out(data)
+            if len(test) == 0:
+                raise DataError(f"the test data of {feed.name} holds no sample")
+            return {"test": delivered(test, torch.arange(len(test)), first_id + TEST_ID)}
+        rows, parts = torch.arange(len(data.train)), {}
+        if data.test is not None and len(data.test):
+            if feed.test is not None or feed.holdout:
+                raise ConfigError(f"{feed.name} has a test part of its own: leave out {'--test' if feed.test is not None else '--holdout'}")
+            parts["test"] = delivered(data.test, torch.arange(len(data.test)), first_id + TEST_ID)
+        for part, fraction in (("test", feed.holdout), ("validation", self.validation)):
+            if fraction:
+                keep, held = split_by_class(data.train.targets[rows], fraction, generator(self.seed, part, feed.index), at_least=1)
+                if not len(held):
+                    raise DataError(f"{feed.name} has one sample of each class: none can be held out")
+                parts[part], rows = delivered(data.train, rows[held]), rows[keep]
+        return {**parts, "train": delivered(data.train, rows)}
+
+    def _checked(self, place: int) -> Feed:
+        """A delivery that is taken for the first time, read from end to end, with what is recorded of it."""
+        feed = self.feeds[place]
+        parts = {"train": self._part(place, "train"), **self._loaded[place, "data"]}
+        if feed.test is not None:
+            parts["test"] = self._part(place, "test")
+        like = self.first.task(0).train[torch.tensor([0])]
+        for part, dataset in parts.items():
+            where = feed.name if part == "train" else f"the {part} data of {feed.name}"
+            check_whole(dataset, self.info, where)
+            for name, values in dataset[torch.tensor([0])].inputs.items():
+                expected = like.inputs[name]
+                if isinstance(values, Tensor) and isinstance(expected, Tensor) and values.dtype != expected.dtype:
+                    raise DataError(f"{where}: {name} holds {values.dtype}, and the run's first task {expected.dtype}")
+        ids = torch.cat([dataset.ids for dataset in parts.values()]) - FIRST_ID * (place + 1)
+        if len(ids.unique()) < len(ids) or int(ids.min()) < 0 or int(ids.max()) >= FIRST_ID:
+            raise DataError(f"{feed.name}: the ids of its samples must all differ, and be from 0 to below 2**39")
+        samples = {part: len(parts[part]) if part in parts else 0 for part in ("train", "validation", "test")}
+        files = {which: _built(feed, which).files() for which in ("data", "test") if which == "data" or feed.test is not None}
+        return dataclasses.replace(feed, samples=samples, files=files)
+
+
+def _built(feed: Feed, which: str) -> Source:
+    return plugin_spec("source", feed.data if which == "data" else feed.test or {}).build()
+
+
+def _itself(dataset: Dataset) -> Dataset:
+    return dataset
+
+
+class _Delivered(Subset):
+    """A part of a delivery under the run's class numbers and with ids of its own."""
+
+    def __init__(self, dataset: Dataset, indices: Tensor, relabel: Tensor, first_id: int) -> None:
+        super().__init__(dataset, indices, relabel)
+        self.first_id, self.ids = first_id, self.ids + first_id
+
+    def _finish(self, batch: Batch) -> Batch:
+        return super()._finish(batch).replace(ids=batch.ids + self.first_id)
+
+
+class Deferred(MapDataset):
+    """A data set of known length that is read when it is first asked for more."""
+
+    def __init__(self, length: int, load: Callable[[], Dataset]) -> None:
+        self.length, self.load = length, load
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        found = self.load()
+        if len(found) != self.length:
+            raise DataError(f"a task of {self.length} samples has {len(found)} now: its data has changed since it was fed")
+        self.workers = getattr(found, "workers", 0)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("targets", "ids"):
+            raise AttributeError(f"a data set has no {name!r}")
+        self.targets, self.ids = self.dataset.targets, self.dataset.ids
+        return self.__dict__[name]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self.dataset[indices]
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        return self.dataset.read(order, size)
+
+
+# -- what is given ---------------------------------------------------------------------------------------------------------------
+
+
+def source_mapping(text: str) -> dict[str, Any]:
+    """The source that a person means on the command line, with absolute paths: a file or folder, or a source as YAML names it."""
+    value: Any = text
+    if text.lstrip().startswith("{"):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{text}: this is no source as YAML writes it: {' '.join(str(error).split())}") from None
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{text}: a source is a mapping with a name: {{name: csv, path: new.csv}}")
+    elif Path(text).exists() or (text.partition(":")[0] not in plugins("source") and ".py" not in text):
+        value = source_for(text)
+    return plugin_spec("source", value, Path.cwd()).to_dict()
+
+
+def held_out(data: SourceData) -> Dataset:
+    """What is scored of data that was given for scoring: its test part, or all of it where it has none."""
+    return data.test if data.test is not None and len(data.test) else data.train
+
+
+def check_fit(data: SourceData, info: StreamInfo, what: str) -> None:
+    """Raise DataError unless data is of the kind that a run was made with."""
+    if data.target != info.target:
+        raise DataError(f"{what} is labelled with {data.target}, and this run takes {info.target}")
+    same = data.modalities.keys() == info.modalities.keys() and all(
+        (given.kind, given.shape, given.high is None) == (wanted.kind, wanted.shape, wanted.high is None)
+        for given, wanted in ((data.modalities[name], modality) for name, modality in info.modalities.items())
+    )
+    if not same:
+        raise DataError(f"{what} has {described(data.modalities)}, and this run takes {described(info.modalities)}")
+    for name, modality in info.modalities.items():
+        high = data.modalities[name].high
+        if modality.high is not None and high is not None and high < modality.high:
+            raise DataError(f"{what}: the numbers of {name} go up to {high:g}, and this run's to {modality.high:g}: scale them")
+
+
+def check_whole(dataset: Dataset, info: StreamInfo, what: str) -> None:
+    """Read a data set from end to end, as far as to be sure that every sample is one that the run takes."""
+    first = 0
+    for batch in dataset.batches(1024):
+        check_inputs(batch, info, what, first)
+        first += len(batch)
+
+
+def _labels(dataset: Dataset, data: SourceData, what: str) -> list[int]:
+    """The labels that occur, as the source numbers them."""
+    labels = dataset.targets.unique().tolist()
+    wrong = [label for label in labels if not 0 <= label < len(data.class_names)]
+    if wrong:
+        raise DataError(f"{what}: the label {wrong[0]} is outside of the {len(data.class_names)} classes that its source declares")
+    return labels
+
+
+# -- the record ------------------------------------------------------------------------------------------------------------------
+
+
+def read_feeds(run: Path) -> list[Feed]:
+    """The deliveries that a run has taken, in order."""
+    feeds = []
+    for path in sorted((run / "fed").glob("*.json")):
+        try:
+            feeds.append(Feed(**json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path} is no record of a delivery any more: {error}") from error
+    return feeds
+
+
+def record_of(run: Path, number: int) -> Path:
+    """Where delivery `number`, counted from 1, is recorded."""
+    return run / "fed" / f"{number:04d}.json"
+
+
+def advice_without(run: Path, file: str, learned: int) -> str | None:
+    """What to do where a file of a run is gone; None where it belongs to deliveries that need not be read again.
+
+    Training data that was learned is not needed (a strategy that reads it again says so then); what is scored after every task is.
+    """
+    advice: str | None = "put it back"
+    for number, feed in enumerate(read_feeds(run), 1):
+        used_as = [which for which, files in feed.files.items() if file in files]
+        if feed.scored_from in used_as:
+            record = record_of(run, number)
+            return f'put it back, or give up the scores of task {feed.index} ({feed.name}): write 0 for "test" under "samples" in {record}'
+        if "data" in used_as and (feed.index >= learned or feed.samples["validation"]):
+            return f"put it back: task {feed.index} ({feed.name}) is made of it"
+        if used_as:
+            advice = None
+    return advice
+
+
+def feed(run: str | Path, data: str, *, test: str | None = None, holdout: float = 0.0, name: str | None = None) -> dict[str, Any]:
+    """Learn `data` as the next task of a finished run and return its scores.
+
+    Nothing is recorded before the data was read whole, and a feed that fails before its first checkpoint leaves the run as it was. One
+    that is stopped in any other way is finished by `resume`.
+    """
+    from streamcl import running
+
+    if test is not None and holdout:
+        raise ConfigError("--test and --holdout both say what to score: give one of them")
+    if not 0 <= holdout < 1:
+        raise ConfigError(f"--holdout is {holdout}: a fraction from 0 to below 1 is needed")
+    folder = RunFolder.open(Path(run))
+    try:
+        status = folder.status()
+        if status["status"] != "done":
+            raise RunError(f"{folder.path} is {status['status']}: finish it first (streamcl resume {run}), then feed it")
+        given = source_mapping(data)
+        title = name or Path(str(given.get("path", given["name"]))).stem
+        new = Feed(status["cursor"]["tasks_done"], title, given, None if test is None else source_mapping(test), holdout)
+        return _learn(folder, running.continued(folder, more=[new]), status)
+    finally:
+        folder.close()
+
+
+def _learn(folder: RunFolder, engine: Engine, status: Mapping[str, Any]) -> dict[str, Any]:
+    """Record the delivery that the engine's stream ends with, and learn it."""
+    from streamcl import running
+
+    assert isinstance(engine.scenario, Extended) and engine.checkpoints is not None
+    feeds, newest = engine.scenario.feeds, engine.checkpoints.numbers()
+    record = record_of(folder.path, len(feeds))
+    names = ("status.json", "files.json", "info.json", "report.html")
+    before = {name: (folder.path / name).read_text(encoding="utf-8") for name in names if (folder.path / name).is_file()}
+    try:
+        # The status comes first and the record last: stopped in between, there is nothing to learn, and `resume` says that it is done.
+        folder.set_status("running", cursor=status["cursor"])
+        files = [file for which in feeds[-1].files.values() for file in which]
+        folder.write("files.json", {**folder.read("files.json"), **running.fingerprints(files)})
+        folder.write("info.json", {**folder.read("info.json"), "stream": plain_info(engine.info)})
+        record.parent.mkdir(exist_ok=True)
+        write_atomically(record, json.dumps(dataclasses.asdict(feeds[-1]), indent=1))
+        return engine.run(resume=True)
+    except Interrupted:
+        raise
+    except Exception as error:
+        if engine.checkpoints.numbers() == newest:  # nothing of it was learned that could be lost
+            record.unlink(missing_ok=True)
+            for name, text in before.items():
+                folder.write(name, text)
+            error.args = (f"{error}\nThe data was not taken: {folder.path} is as it was before",)
+        raise

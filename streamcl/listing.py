@@ -1,0 +1,284 @@
+"""What there is, in text: plug-ins with their options, runs, configurations. The list of plug-ins imports neither torch nor pydantic."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamcl.errors import ConfigError, DataError, PluginError, StreamclError
+from streamcl.plugins import EVIDENCE, KINDS, REQUIRED, Option, Plugin, PluginSpec, near_name, plugins, resolve, shown
+from streamcl.wording import NOTHING, aligned, duration, size
+
+if TYPE_CHECKING:
+    from streamcl.config import RunConfig
+
+OWN = "that of the data itself"  # a source of a person's own files knows no other
+KEPT_THERE = {"cache", "root"}  # options whose folder is made where there is none; every other path is read
+
+
+# Plug-ins -----------------------------------------------------------------------------------------------------------------------
+
+
+def listing(kind: str | None = None) -> str:
+    """Every plug-in of a kind (of every kind that has any, without one): its name, how far its evidence goes or what licence its
+    data or weights are under, and what it is."""
+    chosen = [_kind_named(kind)] if kind else list(KINDS)
+    problems: list[str] = []
+    parts = []
+    for name in chosen:
+        found = plugins(name, problems)
+        if found or kind:
+            parts.append("\n".join([f"{KINDS[name].plural}  ({KINDS[name].key} in the YAML)", *(_families(found) or ["  none"])]))
+    if problems:
+        parts.append("\n".join(["left out, because they cannot be read:", *(f"  {problem}" for problem in problems)]))
+    return "\n\n".join(parts)
+
+
+def _families(found: dict[str, Plugin]) -> list[str]:
+    """A line for each plug-in, under the name of its family where there are several or it has one."""
+    plain = sorted(found.values(), key=lambda plugin: (plugin.family, plugin.name))
+    named, noted = (max((len(text(plugin)) for plugin in plain), default=0) for text in (lambda plugin: plugin.name, _note))
+    lines, family = [], ""
+    for plugin in plain:
+        if plugin.family != family:
+            family = plugin.family
+            lines.append(f"  {family.replace('_', ' ').replace('/', ', ')}")
+        start = ("    " if family else "  ") + f"{plugin.name:{named}}  " + (f"{_note(plugin):{noted}}  " if noted else "")
+        lines += _wrapped(plugin.summary, start)
+    return lines
+
+
+def _wrapped(text: str, start: str) -> list[str]:
+    """The text after `start`, with further lines below its beginning on a terminal that is too narrow for it."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    if width < len(start) + 30:
+        return [(start + text).rstrip()]
+    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+
+
+def _note(plugin: Plugin) -> str:
+    """How far the evidence of a method goes; the licence of data and weights."""
+    if plugin.evidence:
+        return next((level for level in EVIDENCE if plugin.evidence.startswith(level)), plugin.evidence)
+    return _licence(plugin, NOTHING) if plugin.kind in ("source", "backbone") else ""
+
+
+def _licence(plugin: Plugin, unknown: str) -> str:
+    return unknown if plugin.licence in (None, "unknown") else str(plugin.licence)
+
+
+def _kind_named(word: str) -> str:
+    for kind in KINDS.values():
+        if word in (kind.name, kind.plural):
+            return kind.name
+    names = [kind.plural for kind in KINDS.values()]
+    raise ConfigError(f"there is no kind of plug-in {word!r}{near_name(word, names) or '; there are ' + ', '.join(names)}")
+
+
+def show_plugin(plugin: Plugin) -> str:
+    """What its author says about a plug-in, and its options with types, defaults, and the class that each belongs to."""
+    facts = [f"{plugin.kind} {Path(plugin.path).name if plugin.module is None else plugin.name}", shown(plugin.path)]
+    if plugin.kind in ("source", "backbone"):
+        facts.insert(1, f"licence: {_licence(plugin, OWN)}")
+    about = _class_doc(plugin)
+    return "\n".join([" · ".join(facts), "", plugin.doc.strip(), *(["", about] if about else []), "", *_options(plugin)])
+
+
+def _class_doc(plugin: Plugin) -> str:
+    """What the class says beside the file: mostly, what its options mean."""
+    classes = (node for node in ast.parse(plugin.path.read_bytes()).body if isinstance(node, ast.ClassDef))
+    doc = next((ast.get_docstring(node) or "" for node in classes if node.name == plugin.class_name), "")
+    return "" if doc == plugin.doc else doc
+
+
+def _options(plugin: Plugin) -> list[str]:
+    if not plugin.options:
+        return ["it has no options"]
+    default = {
+        option.name: "required" if option.default is REQUIRED else f"= {as_yaml(option.default)}" for option in plugin.options.values()
+    }
+    rows = aligned([[option.name, _type(option), default[option.name]] for option in plugin.options.values()], left=3)
+    lines, owner = ["options"], plugin.class_name
+    for option, row in zip(plugin.options.values(), rows, strict=True):
+        if option.owner != owner:
+            owner = option.owner
+            lines.append(f"options of every {owner}" if owner != plugin.class_name else "further options")
+        lines.append(f"  {row}")
+    return lines[1:] if lines[1].startswith("options of") else lines
+
+
+def _type(option: Option) -> str:
+    from streamcl.config import describe
+
+    try:
+        inside = option.type.parts[0] if option.type.form in ("list", "sequence") else None
+        return f"a list of {KINDS[inside.name].plural}" if inside and inside.form == "plugin" else describe(option.type)
+    except PluginError:  # an annotation that no option may have: `check` and `run` say so
+        return option.annotation
+
+
+def as_yaml(value: Any) -> str:
+    """A default as one would write it in the YAML."""
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).strip().removesuffix("...").strip()
+
+
+# Anything that has a name -------------------------------------------------------------------------------------------------------
+
+
+def show(name: str, kind: str | None = None) -> str:
+    """A run's folder, a plug-in, or a configuration: whatever has this name."""
+    from streamcl.yaml_nodes import shipped
+
+    kinds = [_kind_named(kind)] if kind else list(KINDS)
+    if not kind and (Path(name) / "status.json").is_file():
+        return show_run(Path(name))
+    if name.partition(":")[0].endswith(".py"):
+        return _show_file(name, kinds)
+    bare = name.partition(":")[0]  # timm:resnet18 is timm
+    found = [plugin for one in kinds if (plugin := plugins(one, []).get(bare)) is not None]
+    if found:
+        return "\n\n\n".join(map(show_plugin, found))
+    configurations = shipped()
+    if not kind and (name in configurations or name.endswith((".yaml", ".yml"))):
+        return show_config(name)
+    near = near_name(name, sorted({plugin for one in kinds for plugin in plugins(one, [])} | (set() if kind else configurations.keys())))
+    what = f"no {kinds[0]}" if kind else "neither a plug-in nor a run's folder nor a configuration"
+    raise ConfigError(f"{what} is called {name!r}{near or ' (streamcl list says what there is)'}")
+
+
+def _show_file(name: str, kinds: Sequence[str]) -> str:
+    problems = []
+    for kind in kinds:
+        try:
+            return show_plugin(resolve(kind, name, Path.cwd())[0])
+        except ConfigError as error:
+            problems.append(str(error))
+    if not Path(name.partition(":")[0]).is_file() or len(kinds) == 1:
+        raise ConfigError(problems[0])
+    raise ConfigError(
+        f"{name} holds no plug-in: no class in it derives from one of streamcl's ({', '.join(k.contract for k in KINDS.values())})"
+    )
+
+
+def show_run(path: Path) -> str:
+    """How a run stands, what it has reached so far, and what it cost."""
+    from streamcl.comparing import Run, matrix_text
+    from streamcl.run_folder import RunFolder
+
+    folder = RunFolder(path)
+    folder.check()
+    run, status = Run.read(path), folder.status()
+    rows = [["status", status["status"]], ["strategy", run.strategy], ["scenario", run.scenario], ["seed", str(run.seed)]]
+    rows.append(["tasks learned", str(status.get("cursor", {}).get("tasks_done", 0))])
+    if status.get("error"):
+        rows.append(["it stopped with", status["error"]])
+    if status["status"] != "done":
+        rows.append(["go on with", f"streamcl resume {path}"])
+    lines = [str(folder.path), *_facts(rows)]
+    if scores := run.scores:
+        lines += ["", matrix_text(scores), ""]
+        seconds = scores.get("seconds") or {}
+        cost = [["memory", size(scores.get("memory_bytes"))], ["time", duration(seconds.get("total"))]]
+        parts = [f"{duration(seconds[part])} to {part}" for part in ("learn", "evaluate", "checkpoint") if part in seconds]
+        cost[1][1] += f" ({', '.join(parts)})" if parts else ""
+        if "parameters" in scores:
+            cost.append(["parameters", f"{scores['parameters']:,} ({scores['trainable_parameters']:,} trained)".replace(",", " ")])
+            cost.append(["resume", f"{scores['resume']['kind']} ({scores['resume']['why']})"])
+        lines += _facts(cost)
+    return "\n".join(lines)
+
+
+def _facts(rows: Sequence[Sequence[str]]) -> list[str]:
+    width = max(len(row[0]) for row in rows)
+    return [f"  {name:{width}}  {text}" for name, text in rows]
+
+
+def show_config(name: str) -> str:
+    """A configuration with every default filled in, as YAML, under the licences of its data and weights."""
+    from streamcl import config
+
+    settings = config.load(name)
+    return "\n".join([*(f"# {line}" for line in licences(settings)), settings.dump().rstrip()])
+
+
+# Checking -----------------------------------------------------------------------------------------------------------------------
+
+
+def check(config_name: str, overrides: Sequence[str] = ()) -> str:
+    """What a configuration names and under which licences, once everything that can be known without running it is right."""
+    from streamcl import config
+
+    settings = config.load(config_name, overrides)
+    raise_together(problems(settings))
+    counted: dict[str, list[str]] = {}
+    for spec in plugin_specs(settings):
+        names = counted.setdefault(spec.kind, [])
+        names += [] if spec.name in names else [spec.name]
+    return "\n".join(
+        [f"{config_name} is in order", *_facts([[kind, ", ".join(names)] for kind, names in counted.items()]), *licences(settings)]
+    )
+
+
+def problems(settings: RunConfig) -> list[StreamclError]:
+    """What is wrong with a configuration beyond its text: plug-ins of a person's own that do not import, and files that are not there."""
+    from streamcl.data_files import locate_all
+
+    found: list[StreamclError] = []
+    for spec in plugin_specs(settings):
+        where = f"{spec.where}: " if spec.where else ""
+        if spec.plugin.module is None:
+            try:
+                spec.plugin.load()
+            except StreamclError as error:
+                found.append(ConfigError(f"{where}{error}"))
+        for option, value in spec.options.items():
+            if isinstance(value, Path) and option not in KEPT_THERE:
+                try:
+                    locate_all(str(value))
+                except DataError as error:
+                    place = spec.positions.get(option, spec.where)
+                    found.append(DataError(f"{f'{place}: ' if place else ''}{option}: {error}"))
+    run = settings.model.run
+    if run is not None and not (Path(run) / "status.json").is_file():
+        found.append(ConfigError(f"model.run: {run} is no run: it holds no status.json"))
+    return found
+
+
+def raise_together(found: Sequence[StreamclError]) -> None:
+    """One error with all messages; it is about the data where every one of them is."""
+    if found:
+        messages = list(dict.fromkeys(map(str, found)))
+        raise DataError("\n".join(messages)) if all(isinstance(error, DataError) for error in found) else ConfigError(messages)
+
+
+def licences(settings: RunConfig) -> list[str]:
+    """A line for each source and backbone that a configuration names."""
+    lines = [
+        f"licence of {spec.kind} {spec.name}: {_licence(spec.plugin, OWN)}"
+        for spec in plugin_specs(settings)
+        if spec.kind in ("source", "backbone")
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def plugin_specs(value: Any) -> Iterator[PluginSpec]:
+    """Every plug-in that a configuration names, nested ones after the one that holds them."""
+    match value:
+        case PluginSpec():
+            yield value
+            yield from plugin_specs(value.options)
+        case dict():
+            yield from plugin_specs(list(value.values()))
+        case list() | tuple():
+            for item in value:
+                yield from plugin_specs(item)
+        case _ if dataclasses.is_dataclass(value):
+            yield from plugin_specs([getattr(value, field.name) for field in dataclasses.fields(value)])

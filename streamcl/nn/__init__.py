@@ -1,0 +1,1 @@
+"""What strategies share: the model, backbones, heads, losses."""

@@ -1,0 +1,79 @@
+"""What every backbone offers: features of a batch, its own preprocessing, and where its weights come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from streamcl.errors import ConfigError, DataError
+from streamcl.stream import Batch, StreamInfo, Transform
+
+NUMERIC = ("image", "audio", "vector")
+
+
+class Backbone(nn.Module, ABC):
+    """A plug-in that turns a batch into features. Its options are its constructor's keyword arguments.
+
+    The constructor only keeps options; `build` makes the layers once the stream is known. A backbone whose weights come from a
+    name (a hub, a file) says so in `origin`: while all of them are frozen, checkpoints name them and never copy them.
+    """
+
+    dim: int  # the length of a feature vector, set by `build`
+    licence: str = "Apache-2.0"
+    origin: dict[str, str] | None = None  # {"source": ..., "revision": ..., "sha256": ...} once weights were loaded by name
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def build(self, info: StreamInfo) -> None:
+        """Make the layers for this stream; raises ConfigError where it lacks the modality that the backbone reads."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """Features  # (batch, dim)"""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """For an export: write the weights as the library that they belong to does, where it has a format of its own, and return the
+        options that differ when `build` makes the same layers from there ("." is the folder). Otherwise the export writes the tensors."""
+        return {}
+
+    def transforms(self) -> dict[str, list[Transform]]:
+        """What belongs between raw inputs and this backbone: lists under `train` and `test`. Floats from integers come before."""
+        return {"train": [], "test": []}
+
+
+def choose_modality(info: StreamInfo, wanted: str | None, kinds: tuple[str, ...], reader: str) -> str:
+    """The modality that the backbone `reader` reads: `wanted`, or the stream's only one of these kinds."""
+    fitting = [name for name, modality in info.modalities.items() if modality.kind in kinds]
+    if wanted in fitting:
+        return wanted
+    if wanted is None and len(fitting) == 1:
+        return fitting[0]
+    if wanted is not None:
+        problem = f"{wanted!r} is no modality that it reads (kind {' or '.join(kinds)})"
+    elif fitting:
+        problem = f"it reads one modality, and {' and '.join(fitting)} would do: set modality to one of them"
+    else:
+        problem = f"it reads a modality of kind {' or '.join(kinds)}"
+    there = ", ".join(f"{name} ({modality.kind})" for name, modality in info.modalities.items())
+    raise ConfigError(f"backbone {reader}: {problem}; the stream has {there or 'no modality'}")
+
+
+def numbers(batch: Batch, modality: str) -> Tensor:
+    """The values of a numeric modality."""
+    values = batch.inputs[modality]
+    if not isinstance(values, Tensor):
+        raise DataError(f"modality {modality} holds {type(values[0]).__name__ if values else 'no'} values where numbers are expected")
+    return values
+
+
+def texts(batch: Batch, modality: str) -> list[str]:
+    """The values of a text modality."""
+    values = batch.inputs[modality]
+    if not isinstance(values, list):
+        raise DataError(f"modality {modality} holds numbers where text is expected")
+    return values

@@ -1,0 +1,1 @@
+"""Where features come from: one file per backbone."""

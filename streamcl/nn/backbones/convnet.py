@@ -1,0 +1,37 @@
+"""A small plain convolutional network: the 'ConvNet-4' of few-shot learning (Vinyals et al., 2016; Snell et al., 2017).
+
+Each block is a 3x3 convolution, batch normalisation, a ReLU and 2x2 max pooling; a picture of one row or column is not pooled
+further, so that images from 8x8 up pass through any number of blocks. In the end the average over the positions is taken, where the
+few-shot papers flatten them: the features have `width` entries for any size of image. Trained from scratch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d, relu
+
+from streamcl.nn.backbone import Backbone, choose_modality, numbers
+from streamcl.options import PositiveInt
+from streamcl.stream import Batch, StreamInfo
+
+
+class Convnet(Backbone):
+    def __init__(self, *, width: PositiveInt = 64, blocks: PositiveInt = 4, modality: str | None = None) -> None:
+        super().__init__()
+        self.width, self.blocks, self.modality = width, blocks, modality
+
+    def build(self, info: StreamInfo) -> None:
+        self.reads = choose_modality(info, self.modality, ("image",), "convnet")
+        channels = [info.modalities[self.reads].shape[0]] + [self.width] * (self.blocks - 1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, self.width, 3, padding=1, bias=False), nn.BatchNorm2d(self.width)) for c in channels
+        )
+        self.dim = self.width
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = numbers(batch, self.reads)
+        for layer in self.layers:
+            x = relu(layer(x))
+            if min(x.shape[-2:]) > 1:
+                x = max_pool2d(x, 2)
+        return x.mean(dim=(2, 3))

@@ -1,0 +1,240 @@
+"""Running from Python: `run` a configuration, go on with a run, or `load` what a run has learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from streamcl import config as configuration
+from streamcl import exporting
+from streamcl.checkpoint import Checkpoints
+from streamcl.config import RunConfig, plugin_spec
+from streamcl.engine import Engine
+from streamcl.errors import ConfigError, DataError, RunError
+from streamcl.events import Sink
+from streamcl.feeding import Extended, Feed, advice_without, read_feeds
+from streamcl.learned import Learned, info_from, plain_info, precision_on, undisturbed
+from streamcl.nn.backbone import Backbone
+from streamcl.plugins import PluginSpec
+from streamcl.processes import Processes
+from streamcl.run_folder import RunFolder
+from streamcl.stream import Scenario
+from streamcl.writing import sha256
+
+
+def run(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Sequence[str] = (), out: str | Path | None = None) -> dict[str, Any]:
+    """Run a scenario (a YAML file, a shipped configuration's name, a mapping) and return what scores.json holds."""
+    settings = as_config(config, overrides)
+    folder = RunFolder.create(Path(out) if out else free_folder(settings))
+    try:
+        # From here on it is a run that can be resumed, also when it is killed while it loads its data or trains its first model.
+        folder.set_status("running", cursor={"tasks_done": 0, "task": None, "step": 0})
+        folder.write("config.yaml", settings.dump())
+        try:
+            engine = build(settings, folder)
+        except BaseException:  # the settings or the data are wrong: a folder without a run in it goes again
+            folder.discard()
+            raise
+        _record(folder, settings, engine)
+        return engine.run()
+    finally:
+        folder.close()
+
+
+def resume(run_folder: str | Path) -> dict[str, Any]:
+    """Go on with a run that was interrupted or failed; a finished one just returns its scores."""
+    folder = RunFolder.open(Path(run_folder))
+    try:
+        if folder.status()["status"] == "done" and (folder.path / "scores.json").is_file():
+            return folder.read("scores.json")
+        return continued(folder).run(resume=True)
+    finally:
+        folder.close()
+
+
+def continued(folder: RunFolder, more: Sequence[Feed] = ()) -> Engine:
+    """The engine of a run that exists, not yet restored, with the data that was fed to it."""
+    settings = configuration.load(folder.path / "config.yaml")
+    if (folder.path / "files.json").is_file():
+        check_files(folder)
+    engine = build(settings, folder, more=more)
+    if not (folder.path / "info.json").is_file():  # it was killed before it had them
+        _record(folder, settings, engine)
+    return engine
+
+
+def _record(folder: RunFolder, settings: RunConfig, engine: Engine) -> None:
+    """What the run reads and what its model takes; files.json first, so that info.json says that both are there."""
+    folder.write("files.json", fingerprints(engine.scenario.files()))
+    folder.write("info.json", {"backbone": backbone_of(settings).to_dict(), "stream": plain_info(engine.info)})
+
+
+def as_config(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, Mapping):
+        return configuration.from_mapping(config, overrides=overrides)
+    settings = configuration.load(config, overrides)
+    return settings if settings.name else dataclasses.replace(settings, name=Path(config).stem)
+
+
+def build(settings: RunConfig, folder: RunFolder | None, log: Sequence[Sink] | None = None, more: Sequence[Feed] = ()) -> Engine:
+    """An engine from a configuration, with what was fed to its run, and `more` that is about to be."""
+    backbone, weights = starting_model(settings)
+    return Engine(
+        stream_of(settings, folder, more),
+        settings.strategy.build(),
+        backbone,
+        settings.memory.build(),
+        seed=settings.seed,
+        engine=settings.engine,
+        evaluate=settings.evaluate,
+        log=[spec.build() for spec in settings.log] if log is None else log,
+        weights=weights,
+        folder=folder,
+        name=settings.name or (folder.path.name if folder else "run"),
+    )
+
+
+def stream_of(settings: RunConfig, folder: RunFolder | None, more: Sequence[Feed] = ()) -> Scenario:
+    """The scenario of a run, with what was fed to it."""
+    scenario: Scenario = settings.scenario.build()
+    feeds = [*(read_feeds(folder.path) if folder else []), *more]
+    return Extended(scenario, feeds) if feeds else scenario
+
+
+def backbone_of(settings: RunConfig) -> PluginSpec:
+    """The backbone of a run, or that of the run whose model it started from."""
+    model = settings.model
+    if model.backbone is not None:
+        return model.backbone
+    return backbone_of(configuration.load(RunFolder(Path(str(model.run))).path / "config.yaml"))
+
+
+def starting_model(settings: RunConfig) -> tuple[Backbone, Mapping[str, Tensor] | None]:
+    """The backbone that a run starts from, and its weights where they are not its own: pretrained by the configuration itself, or
+    another run's."""
+    model = settings.model
+    if model.run is not None:
+        return backbone_of(settings).build(), load(model.run).model.backbone.state_dict()
+    return backbone_of(settings).build(), None if model.pretrain is None else load_file(pretrained_weights(settings))
+
+
+def pretrained_weights(settings: RunConfig) -> Path:
+    """Train the starting model once, as `model.pretrain` says, and keep its weights under the hash of its settings."""
+    before = settings.model.pretrain
+    assert before is not None
+    earlier = dataclasses.replace(
+        settings,
+        scenario=before.scenario,
+        strategy=before.strategy,
+        model=dataclasses.replace(settings.model, pretrain=None),
+        log=[],
+        sweep=None,
+        name="pretraining",
+    )
+    cache = (
+        Path(os.environ.get("STREAMCL_CACHE", Path.home() / ".cache" / "streamcl")) / "pretrained" / f"{earlier.digest()[:32]}.safetensors"
+    )
+    if not cache.is_file():
+        engine = build(earlier, None, log=[])
+        engine.run()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        aside = cache.with_name(f".{cache.name}.{os.getpid()}")
+        save_file({name: value.cpu().contiguous() for name, value in engine.model.backbone.state_dict().items()}, aside)
+        aside.replace(cache)
+    return cache
+
+
+def load(path: str | Path, device: str | None = None) -> Learned:
+    """The model in an exported folder, or that of a run at its newest checkpoint. The folder is only read; the data is not needed.
+
+    `device` is the run's own by default, where this machine has it.
+    """
+    if exporting.is_export(Path(path)):
+        return exporting.read(Path(path), device or "auto")
+    return restored(path, device)[0]
+
+
+def restored(
+    path: str | Path, device: str | None = None, warn: Callable[[str], None] = warnings.warn
+) -> tuple[Learned, RunConfig, dict[str, Any]]:
+    """The model of a run, its settings, and the newest whole checkpoint, from which it was made. Nothing is written."""
+    folder = RunFolder(Path(path))
+    folder.check()
+    settings = configuration.load(folder.path / "config.yaml")
+    state = Checkpoints(folder.checkpoints).load(warn)
+    if state is None or not state["memory_per_task"]:
+        raise RunError(f"{folder.path} has not learned a task yet")
+    asked = device or settings.engine.device
+    if device is None and asked.startswith("cuda") and not torch.cuda.is_available():
+        asked = "auto"
+    where = Processes().device(asked)
+    about, strategy, memory = folder.read("info.json"), settings.strategy.build(), settings.memory.build()
+    memory.open(settings.seed, strategy.selection, where)
+    with undisturbed(settings.seed):
+        learned = Learned(
+            info_from(about["stream"]),
+            plugin_spec("backbone", about["backbone"]).build(),
+            strategy,
+            memory,
+            state["classes"],
+            transforms=settings.scenario.build().transforms,
+            weights=None if state["model"]["origin"] is None else starting_model(settings)[1],
+            seed=settings.seed,
+            device=where,
+            precision=precision_on(where, settings.engine.precision),
+        )
+        try:
+            strategy.restore(state["strategy"])
+            learned.model.restore(state["model"])
+            learned.model.to(where)
+            memory.restore(state["memory"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ConfigError(f"the newest checkpoint of {folder.path} does not fit the code that is to load it: {error}") from error
+    return learned, settings, state
+
+
+def free_folder(settings: RunConfig) -> Path:
+    """runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist."""
+    name = settings.name or "run"
+    candidate, number = Path("runs") / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = Path("runs") / f"{name}-{number}"
+    return candidate
+
+
+def fingerprints(files: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By absolute path, what is needed to notice that a file has changed; of a folder, the names and sizes of what is in it."""
+    found = {}
+    for path in (Path(name).absolute() for name in files):
+        if path.is_file():
+            found[str(path)] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        elif path.is_dir():
+            sizes = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+            listing = hashlib.sha256("".join(f"{size}  {name}\n" for name, size in sizes.items()).encode()).hexdigest()
+            found[str(path)] = {"files": len(sizes), "bytes": sum(sizes.values()), "sha256": listing}
+    return found
+
+
+def check_files(folder: RunFolder) -> None:
+    """Raise DataError where a file that the run still needs is gone, or where one has changed."""
+    learned = folder.status()["cursor"]["tasks_done"]
+    for name, before in folder.read("files.json").items():
+        mark = f"SHA-256 {before['sha256'][:12]}..."
+        if not Path(name).exists():
+            advice = advice_without(folder.path, name, learned)
+            if advice is not None:
+                raise DataError(f"{name} is gone; the run was made with it ({mark}): {advice}")
+        elif fingerprints([name]).get(name) != before:
+            raise DataError(f"{name} has changed since the run was made ({mark.replace('256', '256 was', 1)}): put the old one back")

@@ -1,0 +1,1 @@
+"""What writes the stream of events: one file per sink."""

@@ -1,0 +1,22 @@
+"""The run as one HTML page, written when it ends."""
+
+from __future__ import annotations
+
+from streamcl.events import Event, Sink
+
+
+class Report(Sink):
+    """Writes `report.html` into the run's folder: the accuracy matrix, curves, forgetting, memory, time, settings.
+
+    A run that fails or is interrupted gets a page as far as it was scored; `streamcl compare` draws several runs together.
+    """
+
+    def write(self, event: Event) -> None:
+        if event.kind != "run_finished" or not (self.directory / "config.yaml").exists():
+            return
+        from streamcl.comparing import Run
+        from streamcl.report_page import render
+        from streamcl.writing import write_atomically
+
+        if event.fields["status"] == "done" or Run.read(self.directory).scores.get("per_task"):
+            write_atomically(self.directory / "report.html", render(self.directory))

@@ -1,0 +1,1 @@
+"""Exact checks of answers: one file per verifier."""

@@ -1,0 +1,8 @@
+"""What the tests share: small runs, and where the real data lies when it is there."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,50 @@
+"""Configurations of a second or two, for every strategy there is: a new strategy is covered the day its file appears."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from streamcl.plugins import find, plugins
+
+# What a strategy needs beside its defaults to be quick on digits; one that is missing here runs with them, for one epoch if it has epochs.
+QUICK: dict[str, dict[str, Any]] = {
+    "finetune": {"strategy": {"epochs": 2, "batch": 32}},
+    "joint": {"strategy": {"epochs": 2, "batch": 32}},
+    "er": {"strategy": {"epochs": 3}},
+    "icarl": {"strategy": {"epochs": 2, "batch": 32}, "memory": {"exemplars": 60}},
+    "gacil": {"strategy": {"buffer": 100}, "model": {"backbone": "identity"}},
+}
+
+
+def strategies() -> list[str]:
+    return sorted(plugins("strategy"))
+
+
+def small_run(name: str, /, **changes: Any) -> dict[str, Any]:
+    """A mapping as YAML would hold it: the strategy on digits in five tasks, with an MLP."""
+    config: dict[str, Any] = {
+        "scenario": {"name": "class_incremental", "data": "digits", "tasks": 5},
+        "strategy": {"name": name},
+        "model": {"backbone": {"name": "mlp", "hidden": [32]}},
+        "memory": {"name": "faiss", "exemplars": 60},
+        "engine": {"device": "cpu", "threads": 1, "checkpoint": {"every": "task"}},
+        "log": ["jsonl"],
+    }
+    quick = QUICK.get(name) or {"strategy": {"epochs": 1} if "epochs" in find("strategy", name).options else {}}
+    for section, options in (*copy.deepcopy(quick).items(), *changes.items()):
+        if isinstance(options, dict) and isinstance(config.get(section), dict) and "name" not in options:
+            config[section] = {**config[section], **options}
+        else:
+            config[section] = options
+    return config
+
+
+def comparable(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores without what a clock measured."""
+    return {key: value for key, value in scores.items() if key != "seconds"}
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
