@@ -177,6 +177,15 @@ def version() -> None:
 def main() -> None:
     """Run the command; a person's mistake is one message and an exit code. With STREAMCL_DEBUG=1 its traceback is shown as well."""
     try:
+        _command()
+    except SystemExit as ending:
+        if "streamcl.processes" in sys.modules:
+            sys.modules["streamcl.processes"].leave(ending.code if isinstance(ending.code, int) else 0)
+        raise
+
+
+def _command() -> NoReturn:
+    try:
         if sys.argv[1:2] == ["list"] and not any(word.startswith("-") for word in sys.argv[2:]) and len(sys.argv) <= 3:
             from streamcl import listing  # typer imports pydantic for any command, which takes longer than the list itself
 

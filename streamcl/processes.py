@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,3 +74,16 @@ class Processes:
         voice = torch.tensor([int(flag)], device=device)
         dist.all_reduce(voice, op=dist.ReduceOp.MAX)
         return bool(voice.item())
+
+
+def leave(code: int) -> None:
+    """End this process here where it is one of several: the destructors of torch.distributed's threads now and then abort one that has
+    done all its work (`terminate called without an active exception`). A process alone returns, and ends as any program does.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
