@@ -35,6 +35,8 @@ class ClassIncremental(Scenario):
     list are left out of the stream. `order` is the seed's permutation, the order of the source ("given"), or a list of all names.
     """
 
+    bounded_by_classes = ("tasks", "base")
+
     def __init__(
         self,
         *,

@@ -55,11 +55,12 @@ def feed(
     test: Annotated[str | None, typer.Option("--test", metavar="DATA", help="What to score of it, in the same forms.")] = None,
     holdout: Annotated[float, typer.Option("--holdout", min=0.0, max=0.9, help="Score this part of DATA and do not learn it.")] = 0.0,
     name: Annotated[str | None, typer.Option("--name", help="What to call the new task.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Learn it although the run has this very data already.")] = False,
 ) -> None:
     """New data has arrived: learn it as the next task of a finished run."""
     from streamcl import feeding
 
-    feeding.feed(run, data, test=test, holdout=holdout, name=name)
+    feeding.feed(run, data, test=test, holdout=holdout, name=name, again=again)
 
 
 @app.command(name="eval")
@@ -115,6 +116,28 @@ def sweep(
     swept = sweeping.sweep(config, overrides or (), over or (), workers=workers, out=out)
     typer.echo(swept.table)
     raise typer.Exit(swept.exit_code)
+
+
+@app.command()
+def forget(
+    run: Run,
+    ids: Annotated[Path, typer.Option("--ids", metavar="FILE", help="Sample ids: one in a line, or a JSON list.")],
+) -> None:
+    """Erase samples from a finished run's memory, checkpoints and pictures, with a receipt of what that covers."""
+    from streamcl import forgetting
+
+    typer.echo(forgetting.shown(forgetting.forget(run, ids)))
+
+
+@app.command()
+def memory(
+    run: Run,
+    pictures: Annotated[bool, typer.Option("--pictures", help="Also draw the exemplars and the prototypes, as PNG in RUN/memory.")] = False,
+) -> None:
+    """What a run remembers, and what that costs."""
+    from streamcl import remembering
+
+    typer.echo(remembering.remembered(run, pictures))
 
 
 @app.command(name="list")

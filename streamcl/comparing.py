@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Literal
 import yaml
 
 from streamcl.errors import RunError
+from streamcl.listing import as_yaml
+from streamcl.run_folder import runs_inside
 from streamcl.wording import NOTHING, Scale, aligned, size, spans
 
 # settings that change nothing in what a run reaches, or that are named in a column of their own
@@ -24,6 +27,8 @@ TEST: tuple[Column, ...] = (
     ("test", "average_incremental", "average incremental"),
     ("test", "forgetting", "forgetting"),
 )
+DIFFERENCES = {"forgetting", "backward_transfer", "forward_transfer"}  # of two scores; every other figure is one
+WIDTH = 100  # of a table's lines
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by colour-blind readers
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -43,7 +48,7 @@ class Run:
     def read(cls, directory: Path) -> Run:
         directory = Path(directory)
         if not (directory / "config.yaml").is_file():
-            raise RunError(f"{directory} is no run: it holds no config.yaml")
+            raise RunError(f"{directory} is no run: it holds no config.yaml{runs_inside(directory)}")
         text = (directory / "config.yaml").read_text(encoding="utf-8")
         try:
             config = yaml.safe_load(text)
@@ -143,23 +148,38 @@ class Group:
     runs: list[Run]
     label: str
 
+    def seeds(self) -> list[list[Run]]:
+        """The runs of each seed: a seed that was run again tells nothing about chance, so its runs count as one."""
+        found: dict[int | None, list[Run]] = {}
+        for run in self.runs:
+            found.setdefault(run.seed, []).append(run)
+        return list(found.values())
+
+    def each(self, figure: Callable[[Run], float | None]) -> list[float]:
+        """A figure for each seed that has it: the mean over its runs."""
+        known = [[value for run in runs if (value := figure(run)) is not None] for runs in self.seeds()]
+        return [math.fsum(values) / len(values) for values in known if values]
+
     def values(self, key: str, part: str = "test") -> list[float]:
-        """One figure of every run that has it."""
-        scores = [run.scores if part == "test" else run.scores.get("validation") or {} for run in self.runs]
-        return [one[key] for one in scores if one.get(key) is not None]
+        """One figure of every seed that has it."""
+        return self.each(lambda run: (run.scores if part == "test" else run.scores.get("validation") or {}).get(key))
 
     def seconds(self) -> list[float]:
-        """The whole time of every run that knows it."""
-        return [run.scores["seconds"]["total"] for run in self.runs if run.scores.get("seconds")]
+        """The whole time for every seed that knows it."""
+        return self.each(lambda run: (run.scores.get("seconds") or {}).get("total"))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over seeds, its standard deviation (n - 1), and half the width of its 95 % confidence interval by Student's t."""
+    """The mean over n seeds, its standard deviation (n - 1), and half the width of its 95 % confidence interval by Student's t.
+
+    Two seeds have no interval: it would be thirteen times their distance wide, and say nothing.
+    """
 
     mean: float
     deviation: float | None = None
     half_width: float | None = None
+    n: int = 1
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate | None:
@@ -168,17 +188,31 @@ class Estimate:
         n, mean = len(values), math.fsum(values) / len(values)
         if n == 1:
             return cls(mean)
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+        if n == 2:
+            return cls(mean, deviation, None, n)
         from scipy.special import stdtrit
 
-        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-        return cls(mean, deviation, float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n))
+        return cls(mean, deviation, float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n), n)
 
-    def text(self, scale: Scale) -> str:
-        """91.2 ± 0.8 [90.4, 92.0]"""
-        if self.deviation is None or self.half_width is None:
+    def interval(self, low: float = -math.inf, high: float = math.inf) -> tuple[float, float] | None:
+        """The confidence interval, as far as it lies between what is possible."""
+        if self.half_width is None:
+            return None
+        return max(low, self.mean - self.half_width), min(high, self.mean + self.half_width)
+
+    def text(self, scale: Scale, low: float = -math.inf, high: float = math.inf) -> str:
+        """91.2 ± 0.8, and [90.4, 92.0] on a line below"""
+        if self.deviation is None:
             return scale.number(self.mean)
-        low, high = (scale.number(self.mean + sign * self.half_width) for sign in (-1, 1))
-        return f"{scale.number(self.mean)} ± {scale.number(self.deviation)} [{low}, {high}]"
+        ends = self.interval(low, high)
+        below = f"\n[{scale.number(ends[0])}, {scale.number(ends[1])}]" if ends else ""
+        return f"{scale.number(self.mean)} ± {scale.number(self.deviation)}{below}"
+
+
+def possible(key: str, scale: Scale) -> tuple[float, float]:
+    """Between what a figure can lie: a share between 0 and 1, a difference of shares between -1 and 1."""
+    return (-math.inf, math.inf) if not scale.percent else (-1.0, 1.0) if key in DIFFERENCES else (0.0, 1.0)
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -194,7 +228,8 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         alike = [other[0] for other in found if other[0].strategy == members[0].strategy and other[0].scenario == members[0].scenario]
         mine = members[0].settings
         differs = [key for key in keys if key not in named and len({str(one.settings.get(key)) for one in alike}) > 1]
-        labels.append(", ".join([members[0].strategy, *(f"{shortest_key(key, keys)}={mine.get(key, NOTHING)}" for key in differs)]))
+        set_to = (f"{shortest_key(key, keys)}={as_yaml(mine[key]) if key in mine else NOTHING}" for key in differs)
+        labels.append(", ".join([members[0].strategy, *set_to]))
     return [Group(members, label) for members, label in zip(found, labels, strict=True)]
 
 
@@ -220,9 +255,20 @@ def table(directories: Sequence[Path]) -> str:
     validated = any(group.values("final", "validation") for group in found)
     validation: list[Column] = [("validation", "final", "validation")] if validated else []
     figures, notes = figure_rows(found, [*TEST, *validation])
-    starts = [["strategy", "scenario", "seed"]]
-    starts += [[group.label, group.runs[0].scenario, spans([run.seed for run in group.runs if run.seed is not None])] for group in found]
-    return "\n".join([*ruled([[*start, *row] for start, row in zip(starts, figures, strict=True)], left=3), "", *notes, *left_out])
+    scenarios = list(dict.fromkeys(group.runs[0].scenario for group in found))
+    names = [group.label + (f" on {group.runs[0].scenario}" if len(scenarios) > 1 else "") for group in found]
+    starts = [["strategy", "seeds"]]
+    for name, group in zip(names, found, strict=True):
+        seeds = [run.seed for run in group.runs if run.seed is not None]
+        starts.append([name, spans(sorted(set(seeds)))])
+        again = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        if again:
+            notes.append(f"{name} was run several times with seed {spans(again)}: the mean of such repeats counts as one seed")
+    rows = [[*start, *row] for start, row in zip(starts, figures, strict=True)]
+    runs_of = [f"runs of {name}: {', '.join(str(run.directory) for run in group.runs)}" for name, group in zip(names, found, strict=True)]
+    told = [*([f"all on {scenarios[0]}"] if len(scenarios) == 1 else []), *notes, *runs_of, *left_out]
+    lines = (textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in told)
+    return "\n".join([*ruled(rows, left=2), "", *(part for line in lines for part in line)])
 
 
 def figure_rows(found: Sequence[Group], columns: Sequence[Column]) -> tuple[list[list[str]], list[str]]:
@@ -231,26 +277,37 @@ def figure_rows(found: Sequence[Group], columns: Sequence[Column]) -> tuple[list
         (part, key): Scale(value for group in found for value in [*group.values("final", part), *group.values(key, part)])
         for part, key, _ in columns
     }
-    rows = [[*(title for _, _, title in columns), "memory", "seconds"]]
+    rows = [["\n".join(textwrap.wrap(title, 12)) for title in [*(title for _, _, title in columns), "memory", "seconds"]]]
     for group in found:
         cells = []
         for part, key, _ in columns:
             estimate = Estimate.of(group.values(key, part))
-            cells.append(NOTHING if estimate is None else estimate.text(scales[part, key]))
+            scale = scales[part, key]
+            cells.append(NOTHING if estimate is None else estimate.text(scale, *possible(key, scale)))
         memory, seconds = Estimate.of(group.values("memory_bytes")), Estimate.of(group.seconds())
         rows.append([*cells, size(memory.mean if memory else None), f"{seconds.mean:.1f}" if seconds else NOTHING])
     metrics = sorted({str(run.scores["metric"]) for group in found for run in group.runs})
     unit = " in %" if all(scale.percent for scale in scales.values()) else ""
     notes = [f"{' and '.join(metrics)}{unit}; forgetting{' in points' if unit else ''}; memory and seconds are means"]
-    if any(len(group.runs) > 1 for group in found):
-        notes.append("several seeds: mean ± standard deviation [95 % confidence interval of the mean, Student's t]")
+    if any(len(group.seeds()) > 1 for group in found):
+        notes.append("several seeds: mean ± standard deviation; from three on [95 % confidence interval of the mean, Student's t]")
     return rows, notes
 
 
-def ruled(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """The lines of a table with a rule under its header."""
-    lines = aligned(rows, left=left)
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+def ruled(rows: Sequence[Sequence[str]], left: int, label: int = 0) -> list[str]:
+    """The lines of a table with a rule under its header. A cell may have several lines; what column `label` says is written in as many
+    as keep the table within WIDTH."""
+    cells = [[cell.split("\n") for cell in row] for row in rows]
+    others = sum(2 + max(len(line) for row in cells for line in row[column]) for column in range(len(rows[0])) if column != label)
+    room = max(16, WIDTH - others)
+    for row in cells:
+        row[label] = textwrap.wrap(" ".join(row[label]), room, break_on_hyphens=False) or [""]
+    height = max(map(len, cells[0]))
+    header = [[""] * (height - len(cell)) + cell for cell in cells[0]]
+    lines = aligned(
+        [[cell[i] if i < len(cell) else "" for cell in row] for row in [header, *cells[1:]] for i in range(max(map(len, row)))], left
+    )
+    return [*lines[:height], "-" * max(map(len, lines)), *lines[height:]]
 
 
 def page(directories: Sequence[Path], path: Path) -> None:
@@ -280,28 +337,20 @@ def picture(directories: Sequence[Path], path: Path) -> None:
     for number, group in enumerate(found):
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
         length = max(len(run.scores["per_task"]) for run in group.runs)
-        at = [
-            Estimate.of(
-                [value for run in group.runs if i < len(run.scores["per_task"]) and (value := run.scores["per_task"][i]) is not None]
-            )
-            for i in range(length)
-        ]
-        known = [(i + 1, e.mean * factor, (e.half_width or 0.0) * factor) for i, e in enumerate(at) if e is not None]
-        x, y, half = (list(column) for column in zip(*known, strict=True))
-        curves.plot(x, y, label=group.label, linewidth=1.6, markersize=4, **style)
-        if any(half):
-            low, high = ([m + sign * h for m, h in zip(y, half, strict=True)] for sign in (-1, 1))
+        at = [Estimate.of(group.each(lambda run, i=i: (run.scores["per_task"][i : i + 1] or [None])[0])) for i in range(length)]  # type: ignore[misc]
+        known = [(i + 1, e.mean, e.interval(*possible("final", scale)) or (e.mean, e.mean)) for i, e in enumerate(at) if e is not None]
+        x, y, ends_of = (list(column) for column in zip(*known, strict=True))
+        curves.plot(x, [m * factor for m in y], label=group.label, linewidth=1.6, markersize=4, **style)
+        if any(low < high for low, high in ends_of):
+            low, high = ([side * factor for side in sides] for sides in zip(*ends_of, strict=True))
             curves.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         final, forgetting = (Estimate.of(group.values(key)) for key in ("final", "forgetting"))
         if final is not None and forgetting is not None:
-            ends.errorbar(
-                forgetting.mean * factor,
-                final.mean * factor,
-                xerr=(forgetting.half_width or 0.0) * factor,
-                yerr=(final.half_width or 0.0) * factor,
-                elinewidth=1,
-                **style,
-            )
+            bars = {}
+            for axis, key, estimate in (("xerr", "forgetting", forgetting), ("yerr", "final", final)):
+                sides = estimate.interval(*possible(key, scale)) or (estimate.mean, estimate.mean)
+                bars[axis] = [[abs(side - estimate.mean) * factor] for side in sides]
+            ends.errorbar(forgetting.mean * factor, final.mean * factor, elinewidth=1, **bars, **style)
     curves.set(xlabel="tasks learned", ylabel=f"{metric} on all classes seen{unit}")
     curves.xaxis.get_major_locator().set_params(integer=True)
     ends.set(xlabel=f"forgetting{' (points)' if scale.percent else ''}", ylabel=f"final {metric}{unit}")
@@ -309,8 +358,7 @@ def picture(directories: Sequence[Path], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
     curves.legend(frameon=False, fontsize="small")
-    several = any(len(group.runs) > 1 for group in found)
-    if several:
+    if any(len(group.seeds()) > 2 for group in found):
         curves.set_title("bands and bars: 95 % confidence interval over seeds", fontsize="small", loc="left")
     figure.savefig(path, dpi=160)
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from streamcl.data_files import reader_of
 from streamcl.errors import ConfigError, PluginError
 from streamcl.options import NonNegativeInt, PositiveFloat, PositiveInt
 from streamcl.plugins import (
@@ -39,6 +40,7 @@ from streamcl.yaml_nodes import (
     locate,
     named,
     override,
+    place_of,
     plain_word,
     raise_problems,
     read_file,
@@ -267,7 +269,8 @@ class _Checker:
         self.problems.append((place, f"{path}: {message}" if path else message))
 
     def unfit(self, node: Node, path: str, expected: str) -> Any:
-        return self.wrong(node.place, path, f"must be {expected}, got {short(node.value)}")
+        message = f"must be {expected}, got {short(node.value)}"
+        return self.wrong(place_of(node, message), path, message)
 
     def value(self, type: Type, node: Node, path: str) -> Any:
         raw = node.value
@@ -371,6 +374,7 @@ class _Checker:
                 expected = _NUMBERS.get(name, "") if not problem["loc"] else ""
                 sentence = f"must be {expected}" if expected else _sentence(problem)
                 got = "" if problem["type"] in {"value_error", "missing", "extra_forbidden"} else f", got {short(here.value)}"
+                place = place_of(here, sentence) if place is here.place else place
                 self.wrong(place, ".".join(filter(None, where)), f"{sentence}{got}")
             return None
 
@@ -398,7 +402,7 @@ class _Checker:
             return SECTIONS[name](**values)
         except _Invalid as error:
             if not bad or error.key not in {"", *bad}:
-                at = node.value[error.key].place if error.key in node.value else node.place
+                at = place_of(node.value.get(error.key, node), f"{error.key} {error.message}")
                 self.wrong(at, f"{below}{error.key}".rstrip("."), error.message)
 
     def unknown(self, node: Node, below: str, known: Iterable[str], what: str) -> None:
@@ -421,8 +425,8 @@ class _Checker:
             plugin, implied = self.resolve(kind, name)
             options, types = plugin.options, {key: option.type for key, option in plugin.options.items()}
         except (ConfigError, PluginError) as error:
-            carried = self.carried(node, name) if kind == "strategy" else None
-            return self.plugin(kind, carried, path) if carried else self.wrong(name.place, path, str(error))
+            meant = self.carried(node, name) if kind == "strategy" else self.from_file(node, name) if kind == "source" else None
+            return self.plugin(kind, meant, path) if meant else self.wrong(name.place, path, str(error))
         self.unknown(
             Node({k: v for k, v in node.value.items() if k != "name"}, node.place, node.keys),
             f"{path}.",
@@ -437,7 +441,7 @@ class _Checker:
                     self.wrong(node.keys.get(key, given.place), f"{path}.{key}", f"the name {name.value!r} says this already")
                 given = Node(implied[key], name.place)
             if given:
-                spec.options[key], spec.positions[key] = self.value(types[key], given, f"{path}.{key}"), str(given.place)
+                spec.options[key], spec.positions[key] = self.value(types[key], given, f"{path}.{key}"), str(place_of(given, ""))
             elif option.default is REQUIRED:
                 self.wrong(name.place, f"{path}.{key}", f"is missing: {plugin.name} needs {describe(types[key])} here")
             else:
@@ -463,6 +467,13 @@ class _Checker:
         if isinstance(more.value, list):
             rest["with"] = Node([carried, *more.value], more.place)
         return Node({"name": Node("finetune", name.place), **rest}, node.place, node.keys)
+
+    def from_file(self, node: Node, name: Node) -> Node | None:
+        """The source that reads the file or folder which stands in its place, as `streamcl feed` takes it; None where it is neither."""
+        trial = _Checker()
+        place = trial.path(name, "")
+        source = None if place is None or "path" in node.value else reader_of(place)
+        return Node({**node.value, "name": Node(source, name.place), "path": name}, node.place, node.keys) if source else None
 
     def default(self, option: Option, place: Place, path: str) -> Any:
         """A default, checked like a value that was given; where it does not fit, the plug-in's author is told."""

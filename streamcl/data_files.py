@@ -52,10 +52,15 @@ def locate_all(pattern: str) -> list[Path]:
     raise DataError(f"no file matches {pattern!r} in {' or '.join(str(place) for place in places)}")
 
 
+def reader_of(place: Path) -> str | None:
+    """The source that reads a file or folder, by its ending or by what is inside; None where there is none."""
+    return _folder_source(place) if place.is_dir() else _SOURCES.get(place.suffix.lower())
+
+
 def source_for(path: str | Path) -> dict[str, Any]:
     """The source that reads this file or folder, as the YAML would name it, guessed from the ending and from what is inside."""
     place = locate(path)
-    name = _folder_source(place) if place.is_dir() else _SOURCES.get(place.suffix.lower())
+    name = reader_of(place)
     if name is None:
         what = (
             "a folder without a sub-folder of images or sounds for each class"

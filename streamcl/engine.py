@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamcl.checkpoint import Checkpoints, tree_bytes
+from streamcl.checkpoint import Checkpoints, fingerprint, tree_bytes
 from streamcl.config import EngineConfig, EvaluateConfig
 from streamcl.context import TICK, Context
 from streamcl.contracts import Memory
@@ -25,7 +25,7 @@ from streamcl.evaluation import Evaluation
 from streamcl.events import Events, Sink
 from streamcl.nn.backbone import Backbone
 from streamcl.nn.model import Model
-from streamcl.plugins import find, package_folder
+from streamcl.plugins import find, package_folder, shown
 from streamcl.preparing import Preparation
 from streamcl.processes import Processes
 from streamcl.run_folder import RunFolder, environment
@@ -33,6 +33,8 @@ from streamcl.seeding import random_state, restore_random, seed_everything
 from streamcl.strategy import Strategy
 from streamcl.stream import Batch, Dataset, Prediction, Scenario, Task
 from streamcl.writing import DISK_TROUBLE, disk_error
+
+CHANGED = "has changed since the run last used it"  # of a plug-in in a person's own file
 
 
 class Engine:
@@ -84,9 +86,20 @@ class Engine:
         if self.settings.compile:
             self.model.backbone.compile()
         self.memory = memory if memory is not None else find("memory", "faiss").load()()
-        self.memory.open(seed, strategy.selection, self.device)
-        transforms = model.transforms() if scenario.transforms is None else scenario.transforms
         self.events = Events(log if self.processes.first else ())
+        if self.processes.world > 1 and not self.memory.shareable:
+            raise ConfigError(
+                f"this memory keeps files that several processes cannot share, and {self.processes.world} were started: "
+                "set memory.disk=false, or start one"
+            )
+        self.memory.open(
+            seed,
+            strategy.selection,
+            self.device,
+            folder=folder.checkpoints if folder else None,
+            log=lambda message: self.events.emit("note", message=message),
+        )
+        transforms = model.transforms() if scenario.transforms is None else scenario.transforms
         self.context = Context(
             self.model,
             self.memory,
@@ -119,12 +132,15 @@ class Engine:
         self.first_model_bytes = 0
         self.last_checkpoint = (0, time.monotonic())  # step and time
         self.last_path: Path | None = None
-        self.last_progress = (0, time.monotonic())
+        self.last_progress: tuple[int, float] | None = None  # samples and time; None until a task's first batch is through
         self.stamp = time.monotonic()  # up to when `seconds` are accounted for
+        self.revocable = False  # what fails before the next checkpoint is undone by whoever started it, who says how to go on
+        self.notes: list[str] = []  # warnings from before there is anyone to hear them
+        self.changed: dict[str, dict[str, Any]] = {}  # the plug-ins that are not what files.json says, and what it is to say
         self._figures: dict[str, list[float]] = {}
         self._measures = type(strategy).measure is not Strategy.measure
-        if strategy.needs_exemplars and self.memory.exemplars.budget == 0:
-            raise ConfigError(f"{_plugin_name(strategy)} needs exemplars and memory.exemplars is 0: set it to 200, say")
+        if strategy.needs_exemplars:
+            _check_exemplars(self.memory, _plugin_name(strategy))
         strategy.start(self.info, self.context)
 
     # -- the loop ---------------------------------------------------------------------------------------------------------------
@@ -150,19 +166,10 @@ class Engine:
         except Interrupted:
             self._stopped("interrupted")
             raise
-        except StreamclError as error:
-            self._stopped("failed", error)
-            raise
-        except OSError as error:
-            if error.errno not in DISK_TROUBLE:
-                self._stopped("failed", error)
-                raise _from_plugin(error, f"{self._where()} {self._resume_hint()}") from error
-            full = disk_error(error, Path(error.filename or (self.folder.path if self.folder else "")))
-            self._stopped("failed", full)
-            raise full from error
         except Exception as error:
-            self._stopped("failed", error)
-            raise _from_plugin(error, f"{self._where()} {self._resume_hint()}") from error
+            told = self._told(error)
+            self._stopped("failed", told)
+            raise told from (error if told is not error else error.__cause__)
         finally:
             self.events.close()
 
@@ -182,7 +189,7 @@ class Engine:
         if task is None:
             return None
         if hasattr(task.train, "__len__") and len(task.train) == 0:
-            raise DataError(f"task {task.index} ({task.name}) has no sample to learn from")
+            raise DataError(f"task {task.index + 1} ({task.name}) has no sample to learn from")
         self.context.earlier = list(self.tasks)
         self.tasks.append(task)
         return task
@@ -199,11 +206,17 @@ class Engine:
             seen=len(task.seen),
         )
         self._set_limits()
-        self.last_progress = (context.steps, time.monotonic())
+        self.last_progress = None  # what comes before a task's first batch, and warms up with it, is not the pace of training
         self._account(None)
+        self.memory.begin(task.index)
         self.strategy.learn(task)
         self.model.eval()
         self._account("learn")
+        if self.processes.world > 1 and not self.processes.agree(fingerprint(self.memory.state())):
+            raise TrainingError(
+                f"after {task.name} the {self.processes.world} processes remember different samples: {_plugin_name(self.strategy)} must "
+                "offer its memory the same samples in the same order on each of them, or run on one process"
+            )
         self._check_finite()
         if not self.first_model_bytes:
             self.first_model_bytes = _model_bytes(self.model)
@@ -308,8 +321,10 @@ class Engine:
         context = self.context
         context.interrupted = self.processes.any(context.interrupted)
         now = time.monotonic()
-        if now - self.last_progress[1] >= TICK:
-            self._progress(now)
+        if self.last_progress is None:
+            self.last_progress = (context.samples, now)
+        elif now - self.last_progress[1] >= TICK:
+            self._progress(now, *self.last_progress)
         if (
             isinstance(self.evaluate.every, dict)
             and context.samples // self.evaluate.every["samples"] > self.scored_at // self.evaluate.every["samples"]
@@ -329,15 +344,14 @@ class Engine:
                 self._save()
         self._set_limits()
 
-    def _progress(self, now: float) -> None:
+    def _progress(self, now: float, samples: int, then: float) -> None:
+        """Tell how training gets on; `samples` were through at the time `then`."""
         context = self.context
-        steps, then = self.last_progress
         figures = {name: float(value) for name, value in context.logged.items()}
         if not math.isfinite(figures.get("loss", 0.0)):
             raise TrainingError(f"the loss is {figures['loss']} at epoch {context.position.get('epoch', 0) + 1}")  # type: ignore[operator]
         name = str(context.position.get("pass", ""))
         epoch, step = context.passes.get(name, [0, 0])
-        batch = context.samples / max(1, context.steps)
         assert context.task is not None
         self.events.emit(
             "progress",
@@ -348,10 +362,10 @@ class Engine:
             step=step,
             steps=context.position.get("steps", 0),
             global_step=context.steps,
-            samples_per_second=(context.steps - steps) * batch / (now - then),
+            samples_per_second=(context.samples - samples) / (now - then),
             **figures,
         )
-        self.last_progress = (context.steps, now)
+        self.last_progress = (context.samples, now)
 
     def _any_time(self) -> None:
         context = self.context
@@ -424,14 +438,17 @@ class Engine:
         assert self.checkpoints is not None, "a run without a folder cannot be resumed"
         warnings: list[str] = []
         state = self.checkpoints.load(warnings.append)
-        self._warnings = warnings
+        self.notes += warnings
         if state is None:
             return False
         self.last_path = self.checkpoints.path(self.checkpoints.numbers()[-1 - len(warnings)])
         try:
             self.restore(state)
         except (ValueError, KeyError, RuntimeError) as error:
-            raise ConfigError(f"the checkpoint {self.last_path} does not fit the code that is to go on with it: {error}") from error
+            raise ConfigError(
+                f"the checkpoint {self.last_path} does not fit the code that is to go on with it ({error}): put back the code that wrote "
+                "it, or start a new run"
+            ) from error
         return True
 
     def _save(self) -> None:
@@ -441,12 +458,11 @@ class Engine:
             return
         self._account("learn" if self.phase == "learn" and self.context.task is not None else None)
         path = self.checkpoints.save(self.state())
-        self.last_path, before = path, self.stamp
+        self.last_path, self.revocable, before = path, False, self.stamp
         self._account("checkpoint")
         self._status("running")
-        size = sum(file.stat().st_size for file in path.iterdir())
         task = self.tasks[-1].index if self.tasks else None
-        self.events.emit("checkpoint", task=task, path=str(path), bytes=size, seconds=self.stamp - before)
+        self.events.emit("checkpoint", task=task, path=str(path), bytes=self.checkpoints.bytes, seconds=self.stamp - before)
 
     def _check_finite(self) -> None:
         """A checkpoint never holds weights that are not finite."""
@@ -470,16 +486,18 @@ class Engine:
             strategy=_plugin_name(self.strategy),
             scenario=_plugin_name(getattr(self.scenario, "first", self.scenario)),  # of a run that was fed, what it began with
         )
-        for message in getattr(self, "_warnings", ()):
+        told = [f"{shown(Path(name))} {CHANGED}: what comes is learned by another method than what was" for name in self.changed]
+        for message in [*self.notes, *(told if resumed else ())]:
             self.events.warn(message)
         if self.folder and self.processes.first:
             self.folder.write("environment.json", environment(self.seed, str(self.device)))
+            if self.changed:
+                begun: dict[str, Any] = {} if resumed else {"before": []}  # where nothing was saved, all is learned by the changed one
+                self.folder.write("files.json", {**self.folder.files(), **{name: file | begun for name, file in self.changed.items()}})
 
     def _scores(self) -> dict[str, Any]:
         self._account(None)
         parameters = list(self.model.parameters())
-        # Claimed where it is tested. On CUDA the kernels are deterministic as well (engine.deterministic), and no test has shown it yet.
-        exact = self.device.type == "cpu" and self.precision == "float32" and self.processes.world == 1
         return {
             **self.evaluation.scores(),
             "memory_bytes": self.memory_per_task[-1] if self.memory_per_task else 0,
@@ -488,12 +506,19 @@ class Engine:
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "seconds": dict(self.seconds),
             "samples_seen": self.context.samples,
-            "resume": {
-                "kind": "bitwise" if exact else "statistical",
-                "why": f"{self.precision} on {self.device.type}"
-                + ("" if self.processes.world == 1 else f", {self.processes.world} processes: sums are ordered by the network"),
-            },
+            "resume": self._promise(),
         }
+
+    def _promise(self) -> dict[str, str]:
+        """How far a run with these settings that is stopped and resumed has the scores of this one."""
+        files = self.folder.files() if self.folder else {}
+        changed = [Path(name).name for name, file in files.items() if file.get("before")]
+        if changed:
+            return {"kind": "none", "why": f"{', '.join(changed)} changed while the run was under way"}
+        # Claimed where it is tested. On CUDA the kernels are deterministic as well (engine.deterministic), and no test has shown it yet.
+        exact = self.device.type == "cpu" and self.precision == "float32" and self.processes.world == 1
+        several = "" if self.processes.world == 1 else f", {self.processes.world} processes: sums are ordered by the network"
+        return {"kind": "bitwise" if exact else "statistical", "why": f"{self.precision} on {self.device.type}{several}"}
 
     def _finish(self, scores: dict[str, Any]) -> None:
         report = None
@@ -513,23 +538,32 @@ class Engine:
             )
 
     def _stopped(self, status: str, error: BaseException | None = None) -> None:
-        if isinstance(error, TrainingError):
-            error.args = (f"{error} {self._where()}; {self._resume_hint()}",)
         try:
-            known = isinstance(error, StreamclError) or error is None
-            self._status(status, **({"error": str(error) if known else f"{type(error).__name__}: {error}"} if error else {}))
+            self._status(status, **({"error": str(error).partition("\n")[0]} if error else {}))
             self.events.emit("run_finished", status=status, scores=None, report=None)
         except (DiskError, OSError):
             return  # the error that stopped the run is the one to tell; the last checkpoint is whole
 
+    def _told(self, error: Exception) -> StreamclError:
+        """An error as the person is told it: with where the run stopped, and how it goes on."""
+        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            error = disk_error(error, Path(error.filename or (self.folder.path if self.folder else "")))
+        stand = f"{self._where()}{self._how_on()}"
+        if not isinstance(error, StreamclError):
+            return _from_plugin(error, stand)
+        error.args = (f"{error} {stand}",)
+        return error
+
     def _where(self) -> str:
         task = self.context.task
-        return f"(task {task.index}, {task.name}, step {self.context.steps})" if task else "(between tasks)"
+        return f"(task {task.index + 1}, {task.name}, step {self.context.steps})" if task else "(between tasks)"
 
-    def _resume_hint(self) -> str:
-        if self.last_path is None or self.folder is None:
-            return "there is no checkpoint yet"
-        return f"the last good checkpoint is {self.last_path}; after the fix: streamcl resume {self.folder.path}"
+    def _how_on(self) -> str:
+        """How a run that failed goes on, as the end of a message."""
+        if self.folder is None or self.revocable:
+            return ""
+        saved = "there is no checkpoint yet" if self.last_path is None else f"the last good checkpoint is {self.last_path}"
+        return f"; {saved}; after the fix: streamcl resume {self.folder.path}"
 
     def _stop_message(self, what: str) -> str:
         return f"{what} {self._where()}; go on with: streamcl resume {self.folder.path}" if self.folder else f"{what} {self._where()}"
@@ -568,6 +602,14 @@ def _precision(asked: str, device: torch.device) -> str:
 
 def _model_bytes(model: Model) -> int:
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def _check_exemplars(memory: Memory, strategy: str) -> None:
+    exemplars = memory.exemplars
+    if exemplars.store in ("none", "features"):
+        raise ConfigError(f"{strategy} needs raw exemplars and memory.store is {exemplars.store}: set it to raw")
+    if exemplars.budget == 0:
+        raise ConfigError(f"{strategy} needs exemplars and memory.exemplars is 0: set it to 200, say")
 
 
 def _plugin_name(plugin: object) -> str:

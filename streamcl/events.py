@@ -27,6 +27,7 @@ class Event:
     | checkpoint | task, path, bytes, seconds |
     | task_finished | task, seconds, memory_bytes, parameters |
     | warning | message |
+    | note | message: what was decided on the way, such as the kind of an index |
     | run_finished | status (done, interrupted, failed), scores (the whole of scores.json when done), report (a path or None) |
     """
 

@@ -64,7 +64,9 @@ def export(run: str | Path, directory: str | Path) -> Path:
             encoding="utf-8",
         )
         _prove(learned, aside, own_files)
+        readable = (aside / "README.md").stat().st_mode & 0o777  # what the umask allows; safetensors lets nobody but the owner read
         for file in aside.iterdir():
+            file.chmod(readable)
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         aside.rename(target)
@@ -347,7 +349,7 @@ It takes {described(info.modalities)}.
 
 ## Licence
 
-Weights: {licence["weights"]}. Data that it was trained on: {licence["data"]}.
+Weights: {licence["weights"]}. Data that it was trained on: {"none stated" if licence["data"] == "unknown" else licence["data"]}.
 
 ## How to load it
 
@@ -381,9 +383,9 @@ def _score_tables(scores: Mapping[str, Any]) -> str:
         "",
         "Rows: after each task. Columns: on the test set of each task.",
         "",
-        f"| after | {' | '.join(str(column) for column in range(width))} |",
+        f"| after | {' | '.join(str(column + 1) for column in range(width))} |",
         f"| --- |{' ---: |' * width}",
-        *(f"| {number}: {names[number]} | {' | '.join(scale.number(value) for value in row)} |" for number, row in enumerate(matrix)),
+        *(f"| {number + 1}: {names[number]} | {' | '.join(scale.number(value) for value in row)} |" for number, row in enumerate(matrix)),
     ]
     return "\n".join(lines)
 

@@ -14,13 +14,14 @@ import torch
 import yaml
 from torch import Tensor
 
+from streamcl import config
 from streamcl.config import plugin_spec
 from streamcl.data import MapDataset, SinglePass, Subset, split_by_class
 from streamcl.data_files import source_for
 from streamcl.errors import ConfigError, DataError, Interrupted, RunError
 from streamcl.learned import check_inputs, described, plain_info
-from streamcl.plugins import plugins
-from streamcl.run_folder import RunFolder
+from streamcl.plugins import PluginSpec, plugins
+from streamcl.run_folder import RunFolder, fingerprints
 from streamcl.seeding import generator
 from streamcl.stream import Batch, Dataset, Scenario, Source, SourceData, StreamInfo, Task
 from streamcl.writing import write_atomically
@@ -36,8 +37,8 @@ TEST_ID = FIRST_ID // 2  # within a delivery, a test set that it brings: sources
 class Feed:
     """One delivery, as RUN/fed/0001.json records it: task `index` of its run.
 
-    What follows `holdout` is filled in when it is first read: the classes that occur in it by their names, the samples of each part, and
-    the files behind it. So the tasks of earlier deliveries are known without reading them again.
+    What follows `holdout` is filled in when it is first read: the classes that occur in it by their names, the samples of each part, the
+    files behind it, and the licence of what is learned of it. So the tasks of earlier deliveries are known without reading them again.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Feed:
     classes: list[str] = field(default_factory=list)
     samples: dict[str, int] = field(default_factory=dict)  # train, validation, test
     files: dict[str, list[str]] = field(default_factory=dict)  # data, test
+    licence: str = ""  # empty in a record that is older than this field
 
     @property
     def scored_from(self) -> str:
@@ -80,12 +82,19 @@ class Extended(Scenario):
         for place, feed in enumerate(self.feeds):
             fresh = not feed.samples
             if fresh:
-                feed = self.feeds[place] = dataclasses.replace(feed, classes=self._occurring(feed))
+                data = self._source(feed, "data")
+                feed = self.feeds[place] = dataclasses.replace(feed, classes=_occurring(data, feed), licence=data.licence)
             self._names += [name for name in feed.classes if name not in self._names]
             self._reached.append(len(self._names))
             if fresh:
                 self.feeds[place] = self._checked(place)
-        self.info = dataclasses.replace(self.info, tasks=len(self), classes=len(self._names), class_names=tuple(self._names))
+        self.info = dataclasses.replace(
+            self.info,
+            tasks=len(self),
+            classes=len(self._names),
+            class_names=tuple(self._names),
+            licence=_licences(self.info.licence, self.feeds),
+        )
         return self.info
 
     def __len__(self) -> int:
@@ -125,12 +134,6 @@ class Extended(Scenario):
         """The classes known once this delivery was learned, by name."""
         return {name: label for label, name in reversed(list(enumerate(self._names[: self._reached[place + 1]])))}
 
-    def _occurring(self, feed: Feed) -> list[str]:
-        data = self._source(feed, "data")
-        if len(data.train) == 0:
-            raise DataError(f"{feed.name} holds no sample")
-        return list(dict.fromkeys(data.class_names[label] for label in _labels(data.train, data, feed.name)))
-
     def _source(self, feed: Feed, which: str) -> SourceData:
         data = _built(feed, which).load()
         check_fit(data, self.info, feed.name if which == "data" else f"the test data of {feed.name}")
@@ -144,7 +147,7 @@ class Extended(Scenario):
             try:
                 self._loaded[place, which] = self._read(place, which)
             except DataError as error:
-                raise DataError(f"task {feed.index} ({feed.name}) is needed again: {error}" if feed.samples else str(error)) from error
+                raise DataError(f"task {feed.index + 1} ({feed.name}) is needed again: {error}" if feed.samples else str(error)) from error
         return self._loaded[place, which][part]
 
     def _read(self, place: int, which: str) -> dict[str, Dataset]:
@@ -200,6 +203,23 @@ class Extended(Scenario):
 
 def _built(feed: Feed, which: str) -> Source:
     return plugin_spec("source", feed.data if which == "data" else feed.test or {}).build()
+
+
+def _occurring(data: SourceData, feed: Feed) -> list[str]:
+    """The classes of a delivery, by name."""
+    if len(data.train) == 0:
+        raise DataError(f"{feed.name} holds no sample")
+    return list(dict.fromkeys(data.class_names[label] for label in _labels(data.train, data, feed.name)))
+
+
+def _licences(first: str, feeds: Sequence[Feed]) -> str:
+    """The licence of the data that a run began with, and of every delivery: whoever gets the model needs all of them."""
+    stated = {"unknown": "none stated", "": "not recorded"}
+    named: dict[str, list[str]] = {}
+    for feed in feeds:
+        named.setdefault(stated.get(feed.licence, feed.licence), []).append(feed.name)
+    later = [f"of the deliver{'y' if len(names) == 1 else 'ies'} {', '.join(names)}: {licence}" for licence, names in named.items()]
+    return "; ".join([stated.get(first, first), *later])
 
 
 def _itself(dataset: Dataset) -> Dataset:
@@ -332,17 +352,37 @@ def advice_without(run: Path, file: str, learned: int) -> str | None:
         used_as = [which for which, files in feed.files.items() if file in files]
         if feed.scored_from in used_as:
             record = record_of(run, number)
-            return f'put it back, or give up the scores of task {feed.index} ({feed.name}): write 0 for "test" under "samples" in {record}'
+            return (
+                f'put it back, or give up the scores of task {feed.index + 1} ({feed.name}): write 0 for "test" under "samples" in {record}'
+            )
         if "data" in used_as and (feed.index >= learned or feed.samples["validation"]):
-            return f"put it back: task {feed.index} ({feed.name}) is made of it"
+            return f"put it back: task {feed.index + 1} ({feed.name}) is made of it"
         if used_as:
             advice = None
     return advice
 
 
-def feed(run: str | Path, data: str, *, test: str | None = None, holdout: float = 0.0, name: str | None = None) -> dict[str, Any]:
+def known_as(folder: RunFolder, new: Feed) -> tuple[str, bool]:
+    """What the run knows this data as already, by its content or, where it has no files, by its source, and whether that is all of it."""
+    prints, earlier = fingerprints(_built(new, "data").files()), read_feeds(folder.path)
+    held = {file["sha256"]: path for path, file in folder.files().items() if not file.get("plugin")}
+    again = [held[file["sha256"]] for file in prints.values() if file["sha256"] in held]
+    for feed in earlier:
+        same = feed.data == new.data if not prints else any(path in feed.files["data"] for path in again)
+        if same or any(path in feed.files.get("test", ()) for path in again):
+            return f"{'' if same else 'the test data of '}task {feed.index + 1} ({feed.name})", len(again) == len(prints)
+    first = config.load(folder.path / "config.yaml").scenario.options.get("data")
+    if again or (not prints and isinstance(first, PluginSpec) and first.to_dict() == new.data):
+        return "what it began with", len(again) == len(prints)
+    return "", False
+
+
+def feed(
+    run: str | Path, data: str, *, test: str | None = None, holdout: float = 0.0, name: str | None = None, again: bool = False
+) -> dict[str, Any]:
     """Learn `data` as the next task of a finished run and return its scores.
 
+    Data that the run has already is refused, unless it is to be learned `again`: what was held out of it would be learned then.
     Nothing is recorded before the data was read whole, and a feed that fails before its first checkpoint leaves the run as it was. One
     that is stopped in any other way is finished by `resume`.
     """
@@ -360,7 +400,20 @@ def feed(run: str | Path, data: str, *, test: str | None = None, holdout: float 
         given = source_mapping(data)
         title = name or Path(str(given.get("path", given["name"]))).stem
         new = Feed(status["cursor"]["tasks_done"], title, given, None if test is None else source_mapping(test), holdout)
-        return _learn(folder, running.continued(folder, more=[new]), status)
+        known, whole = known_as(folder, new)
+        if known and whole and not again:
+            raise RunError(
+                f"{title} is in the run already, as {known}: fed again, what was held out of it for scoring would be learned. "
+                "To learn it all the same, give --again"
+            )
+        engine = running.continued(folder, more=[new])
+        if known:
+            what = title if whole else f"a part of {title}"
+            engine.notes.append(f"{what} was in the run already, as {known}: what was held out of it for scoring may now be learned")
+        assert isinstance(engine.scenario, Extended)
+        if not engine.scenario.feeds[-1].scored_from:
+            engine.notes.append(f"{title} has no test part: nothing is scored of it (--test DATA or --holdout 0.1 would give it one)")
+        return _learn(folder, engine, status)
     finally:
         folder.close()
 
@@ -374,11 +427,15 @@ def _learn(folder: RunFolder, engine: Engine, status: Mapping[str, Any]) -> dict
     record = record_of(folder.path, len(feeds))
     names = ("status.json", "files.json", "info.json", "report.html")
     before = {name: (folder.path / name).read_text(encoding="utf-8") for name in names if (folder.path / name).is_file()}
+    engine.revocable = True
     try:
         # The status comes first and the record last: stopped in between, there is nothing to learn, and `resume` says that it is done.
         folder.set_status("running", cursor=status["cursor"])
         files = [file for which in feeds[-1].files.values() for file in which]
-        folder.write("files.json", {**folder.read("files.json"), **running.fingerprints(files)})
+        plugins_of_it = running.plugin_fingerprints(
+            plugin_spec("source", source) for source in (feeds[-1].data, feeds[-1].test) if source is not None
+        )
+        folder.write("files.json", {**plugins_of_it, **folder.files(), **fingerprints(files)})
         folder.write("info.json", {**folder.read("info.json"), "stream": plain_info(engine.info)})
         record.parent.mkdir(exist_ok=True)
         write_atomically(record, json.dumps(dataclasses.asdict(feeds[-1]), indent=1))
@@ -390,5 +447,5 @@ def _learn(folder: RunFolder, engine: Engine, status: Mapping[str, Any]) -> dict
             record.unlink(missing_ok=True)
             for name, text in before.items():
                 folder.write(name, text)
-            error.args = (f"{error}\nThe data was not taken: {folder.path} is as it was before",)
+            error.args = (f"{error}\nThe data was not taken: {folder.path} is as it was before; after the fix, feed it again",)
         raise

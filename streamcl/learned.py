@@ -68,7 +68,8 @@ class Learned:
     def scores(self, inputs: Any) -> Tensor:
         """Scores of raw inputs (tensors, arrays, lists of text) for every class  # (batch, classes)
 
-        A mapping of the stream's modalities, or the one modality bare.
+        A mapping of the stream's modalities, or the one modality bare. Images may be laid out as files of arrays may be: with the
+        channels first or last, or without where there is one.
         """
         batch = self._batch(inputs)
         found = [self.answer(batch[start : start + CHUNK]).scores for start in range(0, len(batch), CHUNK)]
@@ -109,7 +110,19 @@ def _column(values: Any, modality: Modality, name: str) -> Tensor | list:
             raise DataError(f"{name} must be {_kind(modality)}, and these are no numbers: {error}") from None
     if values.dim() == 0:
         raise DataError(f"{name} must be {_kind(modality)}, one for each sample, and is a single number")
+    if modality.kind == "image":
+        values = _channels_first(values, modality.shape)
     return values.float() if modality.high is None else values
+
+
+def _channels_first(images: Tensor, shape: Sequence[int]) -> Tensor:
+    """Images of this shape, channels first, where they could be meant as such."""
+    given = tuple(images.shape[1:])
+    if given == tuple(shape) or len(shape) != 3:
+        return images
+    if given == tuple(shape[1:]) and shape[0] == 1:
+        return images[:, None]
+    return images.permute(0, 3, 1, 2) if given == (*shape[1:], shape[0]) else images
 
 
 def check_inputs(batch: Batch, info: StreamInfo, where: str, first: int = 0) -> None:
@@ -123,8 +136,9 @@ def check_inputs(batch: Batch, info: StreamInfo, where: str, first: int = 0) -> 
         if not isinstance(values, Tensor):
             raise DataError(f"{must}, and is text")
         if tuple(values.shape[1:]) != modality.shape:
-            one = ": the first dimension is that of the samples" if tuple(values.shape) == modality.shape else ""
-            raise DataError(f"{must}, and has the shape {_times(values.shape[1:])}{one}")
+            same = values.dim() == len(modality.shape) + 1
+            shape = _times(("n", *values.shape[1:]) if same else values.shape)
+            raise DataError(f"{where}: {name} must be {_numbers(modality)}, {_times(('n', *modality.shape))}, and has the shape {shape}")
         if values.is_floating_point() != (modality.high is None):
             raise DataError(f"{must}, and holds {str(values.dtype).removeprefix('torch.')}")
         rows = values.flatten(1) if values.dim() > 1 else values[:, None]
@@ -149,11 +163,14 @@ def described(modalities: Mapping[str, Modality]) -> str:
 def _kind(modality: Modality, kind: str = "") -> str:
     if modality.kind == "text":
         return "text"
-    numbers = "decimal numbers" if modality.high is None else f"whole numbers from 0 to {modality.high:g}"
-    return f"{kind + ' of ' if kind else ''}{numbers}, {_times(modality.shape)}"
+    return f"{kind + ' of ' if kind else ''}{_numbers(modality)}, {_times(modality.shape)}"
 
 
-def _times(shape: Sequence[int]) -> str:
+def _numbers(modality: Modality) -> str:
+    return "decimal numbers" if modality.high is None else f"whole numbers from 0 to {modality.high:g}"
+
+
+def _times(shape: Sequence[int | str]) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 

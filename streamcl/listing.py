@@ -12,13 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamcl.errors import ConfigError, DataError, PluginError, StreamclError
-from streamcl.plugins import EVIDENCE, KINDS, REQUIRED, Option, Plugin, PluginSpec, near_name, plugins, resolve, shown
-from streamcl.wording import NOTHING, aligned, duration, size
+from streamcl.plugins import (
+    EVIDENCE,
+    KINDS,
+    REQUIRED,
+    Option,
+    Plugin,
+    PluginSpec,
+    Type,
+    near_name,
+    plain,
+    plugins,
+    read_type,
+    resolve,
+    settings_names,
+    shown,
+)
+from streamcl.wording import NOTHING, duration, size
 
 if TYPE_CHECKING:
     from streamcl.config import RunConfig
 
 OWN = "that of the data itself"  # a source of a person's own files knows no other
+WIDEST = 40  # of a column of `show`; what is longer sticks out
 KEPT_THERE = {"cache", "root"}  # options whose folder is made where there is none; every other path is read
 
 
@@ -78,12 +94,14 @@ def _kind_named(word: str) -> str:
         if word in (kind.name, kind.plural):
             return kind.name
     names = [kind.plural for kind in KINDS.values()]
-    raise ConfigError(f"there is no kind of plug-in {word!r}{near_name(word, names) or '; there are ' + ', '.join(names)}")
+    hint = near_name(word, names) or "; there are " + ", ".join(kind.plural for kind in KINDS.values() if plugins(kind.name, []))
+    raise ConfigError(f"there is no kind of plug-in {word!r}{hint}")
 
 
 def show_plugin(plugin: Plugin) -> str:
     """What its author says about a plug-in, and its options with types, defaults, and the class that each belongs to."""
-    facts = [f"{plugin.kind} {Path(plugin.path).name if plugin.module is None else plugin.name}", shown(plugin.path)]
+    name = Path(plugin.path).name if plugin.module is None else plugin.name
+    facts = [f"{plugin.kind} {name}", f"class {plugin.class_name}", shown(plugin.path)]
     if plugin.kind in ("source", "backbone"):
         facts.insert(1, f"licence: {_licence(plugin, OWN)}")
     about = _class_doc(plugin)
@@ -100,27 +118,44 @@ def _class_doc(plugin: Plugin) -> str:
 def _options(plugin: Plugin) -> list[str]:
     if not plugin.options:
         return ["it has no options"]
-    default = {
-        option.name: "required" if option.default is REQUIRED else f"= {as_yaml(option.default)}" for option in plugin.options.values()
-    }
-    rows = aligned([[option.name, _type(option), default[option.name]] for option in plugin.options.values()], left=3)
+    rows = {option.name: list(_rows(option.name, *_type(option), option.default)) for option in plugin.options.values()}
+    widths = [max(len(row[column]) for own in rows.values() for row in own if len(row[column]) <= WIDEST) for column in (0, 1)]
     lines, owner = ["options"], plugin.class_name
-    for option, row in zip(plugin.options.values(), rows, strict=True):
+    for option in plugin.options.values():
         if option.owner != owner:
             owner = option.owner
             lines.append(f"options of every {owner}" if owner != plugin.class_name else "further options")
-        lines.append(f"  {row}")
+        lines += [f"  {name:{widths[0]}}  {words:{widths[1]}}  {default}".rstrip() for name, words, default in rows[option.name]]
     return lines[1:] if lines[1].startswith("options of") else lines
 
 
-def _type(option: Option) -> str:
+def _rows(name: str, words: str, type: Type, default: Any) -> Iterator[tuple[str, str, str]]:
+    """An option and, below a mapping of settings, each of its keys, with what it is where nothing is given."""
+    from streamcl import options
+    from streamcl.config import describe
+
+    settings: Any = getattr(options, type.name, None) if type.form == "settings" else None
+    if not hasattr(settings, "model_fields"):
+        yield name, words, "required" if default is REQUIRED else f"= {as_yaml(plain(default))}"
+        return
+    yield name, words, "" if default is not REQUIRED else "required"
+    filled = settings.model_validate({} if default is REQUIRED else default)
+    for key, annotation in settings.__annotations__.items():
+        if key in settings.model_fields:
+            inside = read_type(annotation, settings_names())
+            indent = " " * (len(name) - len(name.lstrip()) + 2)
+            yield from _rows(f"{indent}{key}", describe(inside), inside, getattr(filled, key))
+
+
+def _type(option: Option) -> tuple[str, Type]:
+    """What an option takes, in words and as a type."""
     from streamcl.config import describe
 
     try:
         inside = option.type.parts[0] if option.type.form in ("list", "sequence") else None
-        return f"a list of {KINDS[inside.name].plural}" if inside and inside.form == "plugin" else describe(option.type)
+        return (f"a list of {KINDS[inside.name].plural}" if inside and inside.form == "plugin" else describe(option.type)), option.type
     except PluginError:  # an annotation that no option may have: `check` and `run` say so
-        return option.annotation
+        return option.annotation, Type("any")
 
 
 def as_yaml(value: Any) -> str:
@@ -149,6 +184,10 @@ def show(name: str, kind: str | None = None) -> str:
     configurations = shipped()
     if not kind and (name in configurations or name.endswith((".yaml", ".yml"))):
         return show_config(name)
+    if Path(name).is_dir():
+        from streamcl.run_folder import runs_inside
+
+        raise ConfigError(f"{name} is a folder and no run: it holds no status.json{runs_inside(Path(name))}")
     near = near_name(name, sorted({plugin for one in kinds for plugin in plugins(one, [])} | (set() if kind else configurations.keys())))
     what = f"no {kinds[0]}" if kind else "neither a plug-in nor a run's folder nor a configuration"
     raise ConfigError(f"{what} is called {name!r}{near or ' (streamcl list says what there is)'}")
@@ -163,9 +202,8 @@ def _show_file(name: str, kinds: Sequence[str]) -> str:
             problems.append(str(error))
     if not Path(name.partition(":")[0]).is_file() or len(kinds) == 1:
         raise ConfigError(problems[0])
-    raise ConfigError(
-        f"{name} holds no plug-in: no class in it derives from one of streamcl's ({', '.join(k.contract for k in KINDS.values())})"
-    )
+    contracts = ", ".join(KINDS[kind].contract for kind in kinds if kind == "term" or plugins(kind, []))
+    raise ConfigError(f"{name} holds no plug-in: no class in it derives from one of streamcl's ({contracts})")
 
 
 def show_run(path: Path) -> str:
@@ -222,13 +260,21 @@ def check(config_name: str, overrides: Sequence[str] = ()) -> str:
     for spec in plugin_specs(settings):
         names = counted.setdefault(spec.kind, [])
         names += [] if spec.name in names else [spec.name]
+    unread = "whether its form fits the model" if _classes(settings) else "how many classes it has, and whether its form fits the model"
     return "\n".join(
-        [f"{config_name} is in order", *_facts([[kind, ", ".join(names)] for kind, names in counted.items()]), *licences(settings)]
+        [
+            f"{config_name} is in order",
+            *_facts([[kind, ", ".join(names)] for kind, names in counted.items()]),
+            *licences(settings),
+            *(f"warning: {warning}" for warning in misnamed(settings)),
+            f"not checked, because the data was not read: {unread}",
+        ]
     )
 
 
 def problems(settings: RunConfig) -> list[StreamclError]:
-    """What is wrong with a configuration beyond its text: plug-ins of a person's own that do not import, and files that are not there."""
+    """What is wrong with a configuration beyond its text: plug-ins of a person's own that do not import, files and devices that are not
+    there, more tasks than classes."""
     from streamcl.data_files import locate_all
 
     found: list[StreamclError] = []
@@ -249,7 +295,54 @@ def problems(settings: RunConfig) -> list[StreamclError]:
     run = settings.model.run
     if run is not None and not (Path(run) / "status.json").is_file():
         found.append(ConfigError(f"model.run: {run} is no run: it holds no status.json"))
-    return found
+    return [*found, *_too_many(settings), *_no_device(settings.engine.device)]
+
+
+def misnamed(settings: RunConfig) -> list[str]:
+    """Methods of the plug-ins that were probably meant to override another one."""
+    return list(dict.fromkeys(warning for spec in plugin_specs(settings) for warning in spec.plugin.misnamed()))
+
+
+def _classes(settings: RunConfig) -> int | None:
+    """How many classes the data has, as far as its source says so without reading it."""
+    source = settings.scenario.options.get("data")
+    if not isinstance(source, PluginSpec):
+        return None
+    count = source.plugin.stated("class_count")
+    return count.get(source.options[next(iter(source.plugin.options))]) if isinstance(count, dict) else count
+
+
+def _too_many(settings: RunConfig) -> Iterator[ConfigError]:
+    scenario, classes = settings.scenario, _classes(settings)
+    for option in scenario.plugin.stated("bounded_by_classes") or ():
+        wanted = scenario.options.get(option)
+        if classes is not None and isinstance(wanted, int) and wanted > classes:
+            place = scenario.positions.get(option, scenario.where)
+            data = scenario.options["data"].name
+            yield ConfigError(f"{f'{place}: ' if place else ''}scenario.{option}: is {wanted}, and {data} has only {classes} classes")
+
+
+def _no_device(asked: str) -> Iterator[ConfigError]:
+    kind, _, number = asked.partition(":")
+    if kind == "mps" and sys.platform != "darwin":
+        yield ConfigError("engine.device: is mps, which only a Mac has: use auto or cpu")
+    if kind == "cuda" and (count := cuda_devices()) is not None and count <= int(number or 0):
+        there = f"only {count} CUDA device{'s' * (count > 1)} (from 0)" if count else "no CUDA device"
+        yield ConfigError(f"engine.device: is {asked}, and this machine has {there}: use auto or cpu")
+
+
+def cuda_devices() -> int | None:
+    """How many CUDA devices there are, from the driver: torch would ask it too, and takes seconds to import. None where it cannot tell."""
+    import ctypes
+    import importlib.metadata
+
+    if "rocm" in importlib.metadata.version("torch"):  # there, cuda means AMD's
+        return None
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+    except (OSError, AttributeError):
+        return 0
 
 
 def raise_together(found: Sequence[StreamclError]) -> None:

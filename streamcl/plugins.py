@@ -411,6 +411,39 @@ class Plugin:
     def options(self) -> dict[str, Option]:
         return _options(_lineage(_read(self.path), self.class_name, KINDS[self.kind].contract)[0])
 
+    def stated(self, name: str) -> Any:
+        """The value of a class attribute that is a literal, read along the class's bases; None where there is none."""
+        lineage, _ = _lineage(_read(self.path), self.class_name, KINDS[self.kind].contract)
+        return next((value for entry in lineage if (value := _literal(_class_value(entry, name))) is not None), None)
+
+    def misnamed(self) -> list[str]:
+        """Warnings: public methods that override nothing and that nothing calls, whose names are nearly those of methods to override.
+
+        A hook that is spelt wrong would never run, and a `loss` would silently be the default one.
+        """
+        lineage, _ = _lineage(_read(self.path), self.class_name, KINDS[self.kind].contract)
+        own = [(file, definition) for file, definition in lineage if ENGINE not in file.path.parents]
+        mine = {method.name for _, definition in own for method in _methods(definition)}
+        hooks = {method.name for entry in lineage if entry not in own for method in _methods(entry[1])}
+        trees = [ast.parse(path.read_bytes()) for path in {file.path for file, _ in own}]
+        called = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        return [
+            f"{shown(file.path)}:{method.lineno}: {definition.name}.{method.name} overrides nothing, and nothing calls it{meant}"
+            for file, definition in own
+            for method in _methods(definition)
+            if method.name not in called | hooks and (meant := _meant(method.name, hooks - mine))
+        ]
+
+    def own_files(self) -> list[Path]:
+        """Of a person's own file: itself, and what it and these import from beside them. What is installed has a version instead."""
+        found = [self.path] if self.module is None else []
+        for path in found:  # it grows on the way
+            for dots, module, inside in _read(path).imports.values():
+                if dots or module[:1] != ("streamcl",):
+                    files = (_module_file(dots, parts, path) for parts in (module, module + inside) if dots or parts)
+                    found += [file for file in files if file and file not in found and _beside(file, self.path.parent)]
+        return found
+
     def load(self) -> type:
         """Import the class. What its file raises becomes one PluginError that shows the file's own lines."""
         try:
@@ -422,6 +455,19 @@ class Plugin:
             raised = PluginError(f"{self.kind} {self.name} cannot be imported: {_own_lines(error, self.path)}")
             raised.exit_code = ConfigError.exit_code  # the person named this file, so the mistake is in what they gave
             raise raised from error
+
+
+def _methods(definition: ast.ClassDef) -> list[ast.FunctionDef]:
+    """The public methods that a class defines itself, without properties and their like."""
+    plain = [item for item in definition.body if isinstance(item, ast.FunctionDef) and not item.name.startswith("_")]
+    return [method for method in plain if not any(isinstance(decorator, ast.Name) for decorator in method.decorator_list)]
+
+
+def _meant(name: str, hooks: Iterable[str]) -> str:
+    """The end of a message about a method that hardly differs from one of the hooks, or whose name holds one: compute_loss."""
+    held = [hook for hook in hooks if f"_{hook}_" in f"_{name}_" and (hook == "loss" or "_" in hook)]
+    near = difflib.get_close_matches(name, hooks, 1, cutoff=0.8) or held
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _import_file(path: Path) -> Any:
@@ -485,11 +531,18 @@ class PluginSpec:
         try:
             return loaded(**parameters)
         except (ValueError, ConfigError) as error:
-            raise ConfigError(f"{what}: {error}") from error
+            place = self._typed(str(error))
+            raise ConfigError(f"{place}: {self.kind} {self.name}: {error}" if place else f"{what}: {error}") from error
         except StreamclError:
             raise
         except Exception as error:
             raise PluginError(f"{what} cannot be made: {_own_lines(error, self.plugin.path)}") from error
+
+    def _typed(self, message: str) -> str:
+        """The change on the command line that a message is about: the first option that it names of those that were set there."""
+        typed = {option: place for option, place in self.positions.items() if place.startswith("command line: ")}
+        named = [(found.start(), option) for option in typed if (found := re.search(rf"\b{re.escape(option)}\b", message))]
+        return typed[min(named)[1]] if named else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as YAML holds them, with every option."""

@@ -75,6 +75,14 @@ class Processes:
         dist.all_reduce(voice, op=dist.ReduceOp.MAX)
         return bool(voice.item())
 
+    def agree(self, text: str) -> bool:
+        """Whether all processes say the same; all of them wait here for the others' word."""
+        import torch.distributed as dist
+
+        everyone = [""] * self.world
+        dist.all_gather_object(everyone, text)
+        return len(set(everyone)) == 1
+
 
 def leave(code: int) -> None:
     """End this process here where it is one of several: the destructors of torch.distributed's threads now and then abort one that has

@@ -27,6 +27,7 @@ NUMBERS = {
     "learning_accuracy": "Learning accuracy",
     "any_time": "Any-time",
 }
+RESUMES = {"bitwise": "resumes bit for bit", "statistical": "resumes with the same statistics", "none": "cannot be repeated"}
 DIFFERENCES = {"forgetting", "backward_transfer", "forward_transfer"}
 
 STYLE = """
@@ -147,7 +148,7 @@ def _head(run: Run) -> list[str]:
         f"{scores['parameters']:,} parameters".replace(",", " ") if scores.get("parameters") else None,
         f"seed {run.seed}" if run.seed is not None else None,
         str(environment["device"]) if environment.get("device") else None,
-        f"resumes {'bit for bit' if resume['kind'] == 'bitwise' else 'with the same statistics'} ({resume['why']})" if resume else None,
+        f"{RESUMES[resume['kind']]} ({resume['why']})" if resume else None,
     ]
     lines = [f'<p class="facts">{escape(" · ".join(fact for fact in facts if fact))}</p>']
     if not run.finished:

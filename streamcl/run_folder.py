@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from streamcl import __version__
 from streamcl.errors import RunError
-from streamcl.writing import FORMAT, write_atomically
+from streamcl.writing import FORMAT, sha256, write_atomically
 
 PACKAGES = (
     "torch",
@@ -87,6 +89,7 @@ class RunFolder:
         if not (self.path / "status.json").is_file() or not (self.path / "config.yaml").is_file():
             raise RunError(
                 f"{self.path} is no run: it holds no {'status.json' if not (self.path / 'status.json').is_file() else 'config.yaml'}"
+                f"{runs_inside(self.path)}"
             )
         made = self.status().get("format", 1)
         if made > FORMAT:
@@ -137,8 +140,50 @@ class RunFolder:
             return
         write_atomically(self.path / name, content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False))
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """What files.json says of the files that the run was made with, by their paths; nothing where it was killed before it had one."""
+        return self.read("files.json") if (self.path / "files.json").is_file() else {}
+
     def read(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def fingerprints(files: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By absolute path, what is needed to notice that a file has changed; of a folder, the names and sizes of what is in it."""
+    found = {}
+    for path in (Path(name).absolute() for name in files):
+        if path.is_file():
+            found[str(path)] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        elif path.is_dir():
+            sizes = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+            listing = hashlib.sha256("".join(f"{size}  {name}\n" for name, size in sizes.items()).encode()).hexdigest()
+            found[str(path)] = {"files": len(sizes), "bytes": sum(sizes.values()), "sha256": listing}
+    return found
+
+
+def changed_plugins(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """What files.json is to say of the plug-ins of a person's own that are not what it says of them.
+
+    Data and code are not treated alike. A run on other data is another run, and is refused. But a plug-in that failed is mended, and
+    the run goes on: so changed code is allowed and told, and stays on record under `before`, by which scores.json promises no more that
+    the run could be repeated. Of installed plug-ins, environment.json holds the versions.
+    """
+    changed = {}
+    for name, before in folder.files().items():
+        now = fingerprints([name]).get(name, {"bytes": 0, "sha256": None})
+        if before.get("plugin") and now["sha256"] != before["sha256"]:
+            changed[name] = {**now, "plugin": True, "before": [*before.get("before", ()), before["sha256"]]}
+    return changed
+
+
+def runs_inside(path: Path) -> str:
+    """The end of a message about a folder that is no run, where runs lie in it; else nothing."""
+    try:
+        runs = sorted((entry for entry in path.iterdir() if (entry / "config.yaml").is_file()), key=lambda entry: entry.name)
+    except OSError:
+        return ""
+    named = ", ".join(map(str, runs[:5])) + (f", ... ({len(runs)} runs)" if len(runs) > 5 else "")
+    return f"; the runs in it are {named}" if runs else ""
 
 
 def environment(seed: int, device: str) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,17 @@ from streamcl import config as configuration
 from streamcl import exporting
 from streamcl.checkpoint import Checkpoints
 from streamcl.config import RunConfig, plugin_spec
-from streamcl.engine import Engine
+from streamcl.engine import CHANGED, Engine
 from streamcl.errors import ConfigError, DataError, RunError
 from streamcl.events import Sink
 from streamcl.feeding import Extended, Feed, advice_without, read_feeds
 from streamcl.learned import Learned, info_from, plain_info, precision_on, undisturbed
+from streamcl.listing import misnamed, plugin_specs
 from streamcl.nn.backbone import Backbone
-from streamcl.plugins import PluginSpec
+from streamcl.plugins import PluginSpec, shown
 from streamcl.processes import Processes
-from streamcl.run_folder import RunFolder
+from streamcl.run_folder import RunFolder, changed_plugins, fingerprints
 from streamcl.stream import Scenario
-from streamcl.writing import sha256
 
 
 def run(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Sequence[str] = (), out: str | Path | None = None) -> dict[str, Any]:
@@ -64,9 +63,9 @@ def resume(run_folder: str | Path) -> dict[str, Any]:
 def continued(folder: RunFolder, more: Sequence[Feed] = ()) -> Engine:
     """The engine of a run that exists, not yet restored, with the data that was fed to it."""
     settings = configuration.load(folder.path / "config.yaml")
-    if (folder.path / "files.json").is_file():
-        check_files(folder)
+    check_files(folder)
     engine = build(settings, folder, more=more)
+    engine.changed = changed_plugins(folder)
     if not (folder.path / "info.json").is_file():  # it was killed before it had them
         _record(folder, settings, engine)
     return engine
@@ -74,7 +73,8 @@ def continued(folder: RunFolder, more: Sequence[Feed] = ()) -> Engine:
 
 def _record(folder: RunFolder, settings: RunConfig, engine: Engine) -> None:
     """What the run reads and what its model takes; files.json first, so that info.json says that both are there."""
-    folder.write("files.json", fingerprints(engine.scenario.files()))
+    specs = [*plugin_specs(dataclasses.replace(settings, log=[])), *plugin_specs(backbone_of(settings))]  # a sink changes no result
+    folder.write("files.json", {**fingerprints(engine.scenario.files()), **plugin_fingerprints(specs)})
     folder.write("info.json", {"backbone": backbone_of(settings).to_dict(), "stream": plain_info(engine.info)})
 
 
@@ -90,7 +90,7 @@ def as_config(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Seq
 def build(settings: RunConfig, folder: RunFolder | None, log: Sequence[Sink] | None = None, more: Sequence[Feed] = ()) -> Engine:
     """An engine from a configuration, with what was fed to its run, and `more` that is about to be."""
     backbone, weights = starting_model(settings)
-    return Engine(
+    engine = Engine(
         stream_of(settings, folder, more),
         settings.strategy.build(),
         backbone,
@@ -103,6 +103,8 @@ def build(settings: RunConfig, folder: RunFolder | None, log: Sequence[Sink] | N
         folder=folder,
         name=settings.name or (folder.path.name if folder else "run"),
     )
+    engine.notes += misnamed(settings)
+    return engine
 
 
 def stream_of(settings: RunConfig, folder: RunFolder | None, more: Sequence[Feed] = ()) -> Scenario:
@@ -172,6 +174,8 @@ def restored(
     folder = RunFolder(Path(path))
     folder.check()
     settings = configuration.load(folder.path / "config.yaml")
+    for name in changed_plugins(folder):
+        warn(f"{shown(Path(name))} {CHANGED}")
     state = Checkpoints(folder.checkpoints).load(warn)
     if state is None or not state["memory_per_task"]:
         raise RunError(f"{folder.path} has not learned a task yet")
@@ -180,7 +184,7 @@ def restored(
         asked = "auto"
     where = Processes().device(asked)
     about, strategy, memory = folder.read("info.json"), settings.strategy.build(), settings.memory.build()
-    memory.open(settings.seed, strategy.selection, where)
+    memory.open(settings.seed, strategy.selection, where, folder=folder.checkpoints)
     with undisturbed(settings.seed):
         learned = Learned(
             info_from(about["stream"]),
@@ -214,23 +218,18 @@ def free_folder(settings: RunConfig) -> Path:
     return candidate
 
 
-def fingerprints(files: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By absolute path, what is needed to notice that a file has changed; of a folder, the names and sizes of what is in it."""
-    found = {}
-    for path in (Path(name).absolute() for name in files):
-        if path.is_file():
-            found[str(path)] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        elif path.is_dir():
-            sizes = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
-            listing = hashlib.sha256("".join(f"{size}  {name}\n" for name, size in sizes.items()).encode()).hexdigest()
-            found[str(path)] = {"files": len(sizes), "bytes": sum(sizes.values()), "sha256": listing}
-    return found
+def plugin_fingerprints(specs: Iterable[PluginSpec]) -> dict[str, dict[str, Any]]:
+    """The same of a person's own plug-ins, and of what these import from beside them."""
+    files = dict.fromkeys(str(file) for spec in specs for file in spec.plugin.own_files())
+    return {name: {**found, "plugin": True} for name, found in fingerprints(list(files)).items()}
 
 
 def check_files(folder: RunFolder) -> None:
-    """Raise DataError where a file that the run still needs is gone, or where one has changed."""
+    """Raise DataError where data that the run still needs is gone, or where some has changed."""
     learned = folder.status()["cursor"]["tasks_done"]
-    for name, before in folder.read("files.json").items():
+    for name, before in folder.files().items():
+        if before.get("plugin"):
+            continue
         mark = f"SHA-256 {before['sha256'][:12]}..."
         if not Path(name).exists():
             advice = advice_without(folder.path, name, learned)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from streamcl.context import Context
-from streamcl.errors import ConfigError, TrainingError
+from streamcl.data import ArrayDataset, Joined
+from streamcl.errors import ConfigError, PluginError, TrainingError
 from streamcl.options import NonNegativeInt, Optimizer, PositiveFloat, PositiveInt, Schedule, Stage, Stages
+from streamcl.plugins import shown
 from streamcl.stream import Batch, Dataset, Prediction, StreamInfo, Task
 
 
@@ -50,6 +54,13 @@ class Strategy(ABC):
     def measure(self, batch: Batch) -> dict[str, float]:
         """Further figures of a prepared test batch, averaged over the test set."""
         return {}
+
+    def erase(self, samples: Batch) -> Iterable[str]:
+        """Take samples, raw as the stream had them and gone from the memory already, back out of what was computed from them.
+
+        The names of what is then as if they had never come: "prototypes", "analytic", or a key of `state`. Exactly, or not at all.
+        """
+        return ()
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -214,7 +225,26 @@ class GradientStrategy(Strategy):
         self.model.eval()
         exemplars = self.memory.exemplars
         if self.replay and not self.fills_memory and not exemplars.streaming:
-            exemplars.add(task.train, features=self.context.features(task.train))
+            self.keep(self.candidates(task))
+
+    def candidates(self, task: Task) -> Dataset:
+        """What exemplars of a task's classes are chosen from once it is learned: its samples, and those held of classes that came back."""
+        exemplars = self.memory.exemplars
+        held = [exemplars.of(label) for label in task.labels if label in exemplars.classes()]
+        held = [b[~torch.isin(b.ids, task.train.ids)] for b in held]
+        again = [ArrayDataset(b.inputs, b.target, b.ids, b.present, b.extra) for b in held if len(b) and b.target is not None]
+        return Joined([task.train, *again]) if again else task.train
+
+    def keep(self, samples: Dataset) -> None:
+        """Offer samples to a memory that ranks whole classes, with what its policy goes by: features, logits, or the loss of each."""
+        exemplars, features = self.memory.exemplars, self.context.features(samples)
+        scores = None
+        if {"logits", "scores"} & set(exemplars.needs):
+            with torch.no_grad():
+                scores = torch.cat([self.model.head(part).float() for part in features.split(4096)])
+        if scores is not None and "logits" not in exemplars.needs:
+            scores = cross_entropy(scores, samples.targets.to(scores.device), reduction="none")
+        exemplars.add(samples, features=features, scores=scores)
 
     def training_mode(self) -> None:
         """What is in training mode while an epoch runs: everything, unless a method keeps parts as they are."""
@@ -284,6 +314,8 @@ class GradientStrategy(Strategy):
             else:
                 with context.autocast():
                     loss = objective(batch)
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+                raise no_loss(self, loss)
             scaled = loss / context.group if accumulate > 1 else loss
             if scaler is not None:
                 scaled = scaler.scale(scaled)
@@ -305,7 +337,7 @@ class GradientStrategy(Strategy):
                 for parameter in parameters:  # what zero_grad does, at a tenth of its cost on a small model
                     parameter.grad = None
             if offers:
-                exemplars.add(raw)
+                exemplars.add(raw, features=self.context.features(raw) if "features" in exemplars.needs else None)
             if hears_steps:
                 self.after_step(raw)
                 for hook in self._term_steps:
@@ -324,6 +356,8 @@ class GradientStrategy(Strategy):
     def total_loss(self, batch: Batch) -> Tensor:
         """The method's loss and those of its terms."""
         loss = self.loss(batch)
+        if not isinstance(loss, Tensor):
+            raise no_loss(self, loss)
         for term_loss in self._term_losses:
             more = term_loss(batch)
             if more is not None:
@@ -407,6 +441,22 @@ class Best:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.accuracy, self.waited, self.weights = float(state["accuracy"]), int(state["waited"]), dict(state["weights"])
+
+
+def no_loss(strategy: GradientStrategy, returned: Any) -> PluginError:
+    """The error for a `loss` that gave nothing to train with; a backward pass would fail in lines that its author did not write."""
+    method = inspect.unwrap(type(strategy).loss)
+    what = f"a {type(returned).__name__}"
+    if returned is None:
+        what = "None"
+    elif isinstance(returned, Tensor):
+        shape = f"a tensor of shape {tuple(returned.shape)}"
+        what = shape if returned.numel() != 1 else "a tensor without a graph (detached, or computed under no_grad)"
+    where = f"{shown(Path(method.__code__.co_filename))}:{method.__code__.co_firstlineno}: {type(strategy).__name__}"
+    error = PluginError(f"{where}.loss returned {what}: it must return the mean loss of the batch, one number with the graph that made it")
+    if not method.__module__.startswith("streamcl."):
+        error.exit_code = ConfigError.exit_code  # the person named this file, so the mistake is in what they gave
+    return error
 
 
 class PlainSGD(torch.optim.SGD):

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -273,6 +273,7 @@ class Source(ABC):
     """A plug-in that loads data. Its options are its constructor's keyword arguments; nothing is read before `load`."""
 
     licence: str = "unknown"
+    class_count: ClassVar[int | dict[str, int] | None] = None  # where it is always the same, or by the first option: for `streamcl check`
 
     @abstractmethod
     def load(self) -> SourceData:
@@ -304,6 +305,7 @@ class Scenario(ABC):
     """
 
     info: StreamInfo
+    bounded_by_classes: ClassVar[tuple[str, ...]] = ()  # options that cannot be above the number of classes: for `streamcl check`
 
     def __init__(self, *, transforms: dict[str, list[Transform]] | None = None, validation: float = 0.0) -> None:
         if not 0 <= validation < 1:

@@ -254,7 +254,8 @@ def _difference(out: Path, changed: Sequence[str], settings: Mapping[str, RunCon
             old, new = Run.read(out / name).settings, Run(out, dataclasses.replace(settings[name], sweep=None).to_dict(), {}).settings
             differs = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "engine.threads"]
             if differs:
-                return f" ({name} had {differs[0]}={old.get(differs[0])}, and would now have {new.get(differs[0])})"
+                was, now = (as_yaml(settings.get(differs[0])) for settings in (old, new))
+                return f" ({name} had {differs[0]}={was}, and would now have {now})"
     return ""
 
 
@@ -539,7 +540,7 @@ class _Found:
             finished_runs = [Run.read(out / name) for name in names if name not in failed]
             self.groups.append((Group(finished_runs, _label(dict(rest), keys, ", ") or title), dict(rest), names))
         finished = [group for group, _, _ in self.groups if group.runs]
-        self.ranked = len(finished) > 1 and all(len(group.values(rank, "validation")) == len(group.runs) for group in finished)
+        self.ranked = len(finished) > 1 and all(len(group.values(rank, "validation")) == len(group.seeds()) for group in finished)
         if self.ranked:
             self.groups.sort(key=lambda entry: self._place(entry[0]))
 
@@ -551,6 +552,7 @@ class _Found:
         """The table's header and rows, and the lines below it."""
         found = [group for group, _, _ in self.groups]
         notes = [f"failed: {name}: {message}\n  its output: {self.out / name}.log" for name, message in self.failed.items()]
+        notes += [f"made with another {file} than there is now: {', '.join(names)}" for file, names in self._outdated().items()]
         if not any(group.runs for group in found):
             return [], ["no run is finished", *notes]
         words = self.rank.replace("_", " ")
@@ -566,16 +568,33 @@ class _Found:
             meaning.append("not ranked: nothing is held out to rank on, and a test set is not for choosing; set scenario.validation=0.1")
         return [[*start, *row] for start, row in zip(rows, figures, strict=True)], [*meaning, *notes]
 
+    def _outdated(self) -> dict[str, list[str]]:
+        """The runs that were finished before a plug-in in a person's own file changed, by that file: the same sweep again keeps them."""
+        from streamcl.run_folder import RunFolder, changed_plugins
+
+        found: dict[str, list[str]] = {}
+        for group, _, _ in self.groups:
+            for run in group.runs:
+                for file in changed_plugins(RunFolder(run.directory)):
+                    found.setdefault(Path(file).name, []).append(run.directory.name)
+        return found
+
     def text(self) -> str:
         rows, notes = self.rows()
-        return "\n".join([*([*ruled(rows, left=3 if self.ranked else 2), ""] if rows else []), *notes, f"table: {self.out / 'table.md'}"])
+        return "\n".join(
+            [
+                *([*ruled(rows, left=3 if self.ranked else 2, label=int(self.ranked)), ""] if rows else []),
+                *notes,
+                f"table: {self.out / 'table.md'}",
+            ]
+        )
 
     def write(self) -> None:
         """`table.md` for people and `table.json` for programs."""
         from streamcl.writing import write_atomically
 
         rows, notes = self.rows()
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
         lines = [f"| {' | '.join(row)} |" for row in cells]
         if lines:
             lines.insert(1, "|" + " --- |" * len(rows[0]))

@@ -36,5 +36,5 @@ DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 def disk_error(error: OSError, path: Path) -> DiskError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskError(f"the disk is full: {path} could not be written. What was saved before is whole; make room, then resume the run")
+        return DiskError(f"the disk is full: {path} could not be written. What was saved before is whole: make room, then go on")
     return DiskError(f"{path} could not be written ({error.strerror or error}). What was saved before is whole")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,11 @@ class Place:
     def __str__(self) -> str:
         return f"{self.label}:{self.line}:{self.column}" if self.line else self.label
 
+    @property
+    def typed(self) -> bool:
+        """On the command line: in a file there are lines."""
+        return bool(self.label) and not self.line
+
     def folder(self, relative: str) -> Path:
         """The first folder that has this file, or the first."""
         for folder in self.folders:
@@ -47,6 +52,24 @@ class Node:
     value: Any
     place: Place
     keys: Mapping[str, Place] = field(default_factory=dict)
+
+
+def place_of(node: Node, message: str) -> Place:
+    """Where what is wrong with a value was written: a mapping of a file may be wrong by what the command line put into it.
+
+    Of several such changes, the one that the message names first.
+    """
+
+    def typed(node: Node) -> Iterator[tuple[str, Place]]:
+        inside = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
+        for key, child in inside:
+            if child.place.typed:
+                yield str(key), child.place
+            yield from typed(child)
+
+    changes = [] if node.place.typed else list(typed(node))
+    named = [(found.start(), place) for key, place in changes if (found := re.search(rf"\b{re.escape(key)}\b", message))]
+    return min(named, key=lambda one: one[0])[1] if named else changes[-1][1] if changes else node.place
 
 
 Problems = list[tuple[Place, str]]

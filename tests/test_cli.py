@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,8 +200,9 @@ def test_wrong_data_is_told_with_its_file_and_row_and_exit_code_3(
 def test_a_plugin_that_raises_fails_the_run_and_after_the_fix_it_goes_on(streamcl: Callable[..., Answer], tmp_path: Path) -> None:
     text = "from streamcl.strategy import GradientStrategy\n\n\nclass Mine(GradientStrategy):\n    def after_task(self, task):\n        "
     (tmp_path / "mine.py").write_text(f"{text}1 / (2 - task.index)\n")
+    write(tmp_path / "config.yaml", log=["progress"])
     code, _, err = streamcl("run", "config.yaml", "strategy=mine.py:Mine", "--out", "run")
-    assert code == 2 and "ZeroDivisionError: division by zero (task 2" in err and "streamcl resume" in err
+    assert code == 2 and "ZeroDivisionError: division by zero (task 3, classes" in err and "streamcl resume" in err
     assert f"{tmp_path / 'mine.py'}:6 in after_task: 1 / (2 - task.index)" in err
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["status"], status["cursor"]["tasks_done"]) == ("failed", 2)
@@ -209,8 +211,24 @@ def test_a_plugin_that_raises_fails_the_run_and_after_the_fix_it_goes_on(streamc
     (tmp_path / "mine.py").write_text(f"{text}pass\n")
     code, out, _ = streamcl("resume", "run")
     assert code == 0 and "run is done: final accuracy" in out
+    assert "warning: mine.py has changed since the run last used it" in out
     whole = running.run("config.yaml", ["strategy=mine.py:Mine"], tmp_path / "whole")
-    assert comparable(json.loads((tmp_path / "run/scores.json").read_text())) == comparable(json.loads(json.dumps(whole)))
+    resumed, whole = json.loads((tmp_path / "run/scores.json").read_text()), json.loads(json.dumps(whole))
+    assert resumed.pop("resume") == {"kind": "none", "why": "mine.py changed while the run was under way"}
+    assert whole.pop("resume")["kind"] == "bitwise" and comparable(resumed) == comparable(whole)
+
+
+@pytest.mark.parametrize("error", ["KeyError('key')", "DataError('no such thing')", "TrainingError('it diverged')"])
+def test_a_run_that_fails_at_once_says_how_to_go_on_and_does(error: str, streamcl: Callable[..., Answer], tmp_path: Path) -> None:
+    text = f"from streamcl.errors import *\nfrom streamcl.strategy import Strategy\n{MINE}"
+    (tmp_path / "mine.py").write_text(text.replace("ratio =", f"raise {error}\n        ratio ="))
+    code, _, err = streamcl("run", "config.yaml", "strategy=mine.py:Mine", "--out", "run")
+    stand = rf"\(task 1, classes \d, \d, step 0\); there is no checkpoint yet; after the fix: streamcl resume {tmp_path}/run\n"
+    assert code and re.search(stand, err)
+    assert json.loads((tmp_path / "run/status.json").read_text())["error"] in err
+    (tmp_path / "mine.py").write_text("from streamcl.strategy import GradientStrategy\n\nclass Mine(GradientStrategy): ...\n")
+    assert streamcl("resume", "run")[0] == 0
+    assert json.loads((tmp_path / "run/scores.json").read_text())["resume"]["kind"] == "bitwise"  # nothing was learned by the old one
 
 
 def test_a_folder_that_holds_a_run_or_is_in_use_is_not_touched(streamcl: Callable[..., Answer], tmp_path: Path) -> None:
@@ -266,7 +284,11 @@ def test_show_of_a_plugin_has_its_text_and_its_options_with_types_defaults_and_o
     assert code == 0 and "Rebuffi et al., CVPR 2017" in out
     own, shared = lines.index("options"), lines.index("options of every GradientStrategy")
     assert own < lines.index("epochs a positive integer = 70") < shared < lines.index("clip a positive number or null = null")
-    assert "with a list of terms = []" in lines
+    assert "with a list of terms = []" in lines and lines[0].startswith("strategy icarl · class ICaRL · ")
+    unfolded = lines.index("optimizer a mapping of optimizer settings")
+    assert lines[unfolded + 1].endswith("adamax = sgd") and lines[unfolded + 2] == "lr a positive number = 2.0"
+    stages = lines.index("stages a mapping of stages settings")
+    assert lines[stages + 1 : stages + 3] == ["first a mapping of stage settings", "epochs a positive integer or null = null"]
     source = streamcl("show", "csv")[1]
     assert "path a path required" in " ".join(source.split()) and "licence: that of the data itself" in source
     assert streamcl("show", "timm:resnet18")[1] == streamcl("show", "timm")[1]
@@ -277,7 +299,14 @@ def test_show_of_a_file_of_ones_own_says_what_it_holds(streamcl: Callable[..., A
     (tmp_path / "other.py").write_text("x = 1\n")
     assert "Mine: does nothing well." in streamcl("show", "mine.py:Mine")[1]
     code, _, err = streamcl("show", "other.py")
-    assert code == 2 and "holds no plug-in" in err
+    assert code == 2 and "holds no plug-in" in err and "Strategy" in err and "Learner" not in err  # there are none yet
+    (tmp_path / "odd.py").write_text(f"from streamcl.strategy import Strategy\n{MINE}    def __init__(self, *, size: Tensor = 1): ...\n")
+    assert "  size  Tensor  = 1" in streamcl("show", "odd.py")[1]
+
+
+def test_an_unknown_kind_is_told_with_those_that_have_a_plugin(streamcl: Callable[..., Answer]) -> None:
+    err = streamcl("list", "nothing")[2]
+    assert "there are scenarios, sources, strategies, " in err and "learners" not in err
 
 
 def test_show_of_a_configuration_reads_back_to_the_same_one(streamcl: Callable[..., Answer], tmp_path: Path) -> None:
@@ -285,6 +314,15 @@ def test_show_of_a_configuration_reads_back_to_the_same_one(streamcl: Callable[.
     (tmp_path / "shown.yaml").write_text(out)
     assert code == 0 and out.startswith("# licence of source digits: CC BY 4.0\n")
     assert config.load("shown.yaml") == config.load("config.yaml")
+
+
+@pytest.mark.parametrize("command", ["show", "compare", "resume", "eval"])
+def test_a_folder_of_runs_is_told_with_the_runs_in_it(command: str, streamcl: Callable[..., Answer], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("seed: 0\n")
+    code, _, err = streamcl(command, "runs")
+    assert code == 2 and re.search(r"; the runs in it are \S*runs/a, \S*runs/b\n", err)
 
 
 def test_show_of_a_run_has_its_status_matrix_and_cost(streamcl: Callable[..., Answer], tmp_path: Path) -> None:
@@ -314,6 +352,53 @@ def test_check_tells_all_that_is_missing_at_once(streamcl: Callable[..., Answer]
     write(tmp_path / "both.yaml", scenario={"data": source, "tasks": 2}, model={"run": "gone", "backbone": None})
     code, _, err = streamcl("check", "both.yaml")
     assert code == 2 and "model.run: gone is no run" in err and "nowhere.csv" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["scenario.tasks=11"], "command line: 'scenario.tasks=11': scenario.tasks: is 11, and digits has only 10 classes"),
+        (["scenario.data=sklearn:iris"], "config.yaml:4:10: scenario.tasks: is 5, and sklearn:iris has only 3 classes"),
+        (["engine.device=cuda"], "engine.device: is cuda, and this machine has no CUDA device: use auto or cpu"),
+    ],
+)
+def test_check_sees_more_tasks_than_classes_and_a_device_that_is_not_there(
+    overrides: list[str], message: str, streamcl: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "cuda_devices", lambda: 0)
+    assert streamcl("check", "config.yaml", *overrides) == (2, "", f"streamcl: {message}\n")
+
+
+def test_check_says_what_it_does_not_check(streamcl: Callable[..., Answer], tmp_path: Path) -> None:
+    assert "not checked, because the data was not read: whether its form fits" in streamcl("check", "config.yaml")[1]
+    write(tmp_path / "data.yaml", scenario={"data": table(tmp_path / "t.csv", "1,2,x"), "tasks": 2})
+    assert "not checked, because the data was not read: how many classes it has" in streamcl("check", "data.yaml")[1]
+
+
+def test_a_hook_that_is_spelt_wrong_is_told_by_check_and_when_the_run_starts(streamcl: Callable[..., Answer], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from streamcl import GradientStrategy\nclass Mine(GradientStrategy):\n    def los(self, batch): ...\n"
+    )
+    write(tmp_path / "config.yaml", log=["progress"])
+    for words in (["check", "config.yaml"], ["run", "config.yaml", "scenario.tasks=2", "--out", "run"]):
+        code, out, _ = streamcl(*words, "strategy=mine.py:Mine")
+        assert code == 0
+        assert "warning: mine.py:3: Mine.los overrides nothing, and nothing calls it: did you mean 'loss'?" in out
+
+
+def test_the_driver_is_asked_for_as_many_devices_as_torch_finds() -> None:
+    import torch
+
+    if torch.version.cuda is None:
+        pytest.skip("torch was built without CUDA")
+    assert listing.cuda_devices() == torch.cuda.device_count()
+
+
+def test_a_source_has_the_classes_that_it_says() -> None:
+    for name in ("digits", "sklearn:iris", "sklearn:wine", "sklearn:breast_cancer"):
+        source = config.plugin_spec("source", name)
+        settings = running.as_config(small_run("er", scenario={"name": "class_incremental", "data": name, "tasks": 2}))
+        assert listing._classes(settings) == len(source.build().load().class_names)
 
 
 def test_the_schema_is_json(streamcl: Callable[..., Answer]) -> None:

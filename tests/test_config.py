@@ -303,6 +303,49 @@ def test_an_override_that_is_not_yaml_is_one_message(folder):
     assert message.startswith("command line: 'seed=[1, 2': not YAML: ")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.backbone=null"], "command line: 'model.backbone=null': model: give either backbone (a new model) or run"),
+        (["model.run=old"], "command line: 'model.run=old': model.run: give either backbone (a new model) or run"),
+        (
+            ["strategy.optimizer.lr=0.5", "strategy.optimizer.momentm=0.9"],
+            "command line: 'strategy.optimizer.momentm=0.9': strategy.optimizer: adam takes no momentm; it takes lr",
+        ),
+        (
+            ["engine.checkpoint.every.seconds=5"],
+            "command line: 'engine.checkpoint.every.seconds=5': engine.checkpoint.every: must be task,",
+        ),
+        (["engine.checkpoint.every.steps=1.5"], "command line: 'engine.checkpoint.every.steps=1.5': engine.checkpoint.every: steps must"),
+        (["strategy.sizes={a: 1}"], "command line: 'strategy.sizes={a: 1}': strategy.sizes: must be a list, got a mapping"),
+    ],
+)
+def test_a_mapping_that_an_override_made_wrong_is_told_at_the_override(folder, overrides, message):
+    (told,) = problems(VALID, *overrides)
+    assert told.startswith(message)
+
+
+def test_what_the_constructor_refuses_is_told_at_the_override_that_it_names(folder):
+    constructor = "def __init__(self, *, a: int = 1, b: int = 1):\n        if a + b > 3: raise ValueError('a and b are too much')"
+    write(f"from streamcl.strategy import Strategy\nclass S(Strategy):\n    {constructor}\n    def learn(self, task): ...", "mine.py")
+    written = write("strategy: {name: mine.py, a: 2}\nscenario: {name: stream, data: digits}\nmodel: {backbone: mlp}\n")
+    with pytest.raises(ConfigError, match=r"^command line: 'strategy.b=2': strategy mine.py: a and b are too much"):
+        load(written, ["strategy.b=2", "seed=1"]).strategy.build()
+
+
+def test_a_file_of_data_stands_for_the_source_that_reads_it(folder, monkeypatch):
+    arrays = "from streamcl.stream import Source\nclass A(Source):\n    def __init__(self, *, path: Path, part: Fraction = 0.3): ..."
+    write(arrays, "sources/arrays.py")
+    monkeypatch.setitem(KINDS, "source", replace(KINDS["source"], rooms=(folder / "sources",)))
+    write(VALID.replace("data: digits", "data: {name: own.npz, part: 0.5}"), "deep/run.yaml")
+    expected = {"name": "arrays", "path": str(folder / "deep/own.npz"), "part": 0.5}
+    assert load("deep/run.yaml").scenario.options["data"].to_dict() == expected
+    typed = load("deep/run.yaml", ["scenario.data=other.npy"]).scenario.options["data"].to_dict()
+    assert typed == {"name": "arrays", "path": str(folder / "other.npy"), "part": 0.3}
+    (message,) = problems(VALID, "scenario.data=own.xyz")
+    assert message.startswith("command line: 'scenario.data=own.xyz': scenario.data: unknown source 'own.xyz'")
+
+
 def test_files_build_on_each_other_and_keep_their_places(folder):
     write(
         "name: method\nstrategy: {name: icarl, epochs: 5, optimizer: {name: adam, lr: 0.5}, sizes: [1, 2, 3]}\nseed: 9\n",

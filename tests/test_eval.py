@@ -168,8 +168,8 @@ def test_raw_inputs_of_the_wrong_form_get_one_message(runs: dict[str, Path]) -> 
     cases: list[tuple[Any, str]] = [
         ({"vector": image}, r"takes image \(whole numbers from 0 to 16, 1 x 8 x 8\), and was given vector"),
         ({}, "was given nothing"),
-        (image[:, :, :7], "has the shape 1 x 7 x 8"),
-        (image[0], "has the shape 8 x 8: the first dimension is that of the samples"),
+        (image[:, :, :7], "image must be whole numbers from 0 to 16, n x 1 x 8 x 8, and has the shape n x 1 x 7 x 8"),
+        (image[0, 0], "n x 1 x 8 x 8, and has the shape 8 x 8"),
         (image.float() / 16, "holds float32"),
         (image + 100, r"image of sample 0 holds values outside of 0 to 16 \(2 such"),
         (["a", "b"], "these are no numbers"),
@@ -180,3 +180,4 @@ def test_raw_inputs_of_the_wrong_form_get_one_message(runs: dict[str, Path]) -> 
             learned.predict(inputs)
     assert learned.predict(image[:0]) == []
     assert learned.predict(image) == learned.predict({"image": PIXELS[:2]}) == learned.predict(PIXELS[:2].tolist())
+    assert learned.predict(image) == learned.predict(image[:, 0]) == learned.predict(image.permute(0, 2, 3, 1))  # as `feed` takes them

@@ -21,7 +21,7 @@ from small_runs import small_run, strategies
 from test_backbones import SENTENCES, TINY, bert_folder, timm_weights  # noqa: F401
 
 import streamcl
-from streamcl import cli, exporting, running
+from streamcl import cli, exporting, feeding, running
 from streamcl.checkpoint import Checkpoints
 from streamcl.engine import Engine
 from streamcl.errors import ConfigError, DiskError, Interrupted, PluginError, RunError
@@ -106,7 +106,32 @@ def test_what_the_folder_says(runs: dict[str, Path], tmp_path: Path) -> None:
     readme = (folder / "README.md").read_text()
     for value in (scores["final"], scores["forgetting"], *scores["matrix"][-1]):
         assert f"{100 * value:.1f}" in readme
+    assert re.search(r"\| after \| 1 \| 2 .*\n.*\n\| 1: classes", readme)  # people count tasks from 1
     assert "whole numbers are divided by 16" in readme and str(tmp_path) not in readme + (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_who_may_read_an_export_is_what_the_umask_says(mask: int, runs: dict[str, Path], tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        folder = exporting.export(runs["icarl"], tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        (path.name for path in folder.iterdir()), 0o666 & ~mask
+    )
+
+
+def test_the_card_names_the_licence_of_every_delivery(runs: dict[str, Path], tmp_path: Path) -> None:
+    fed = shutil.copytree(runs["er"], tmp_path / "fed")
+    for month, rows in (("jan", slice(0, 40)), ("feb", slice(40, 80))):
+        np.savez(tmp_path / f"{month}.npz", x=PIXELS[rows], y=DIGITS[rows])
+        feeding.feed(fed, str(tmp_path / f"{month}.npz"), holdout=0.2)
+    feeding.feed(fed, "{name: digits, split_seed: 1}", name="mar")
+    licence = "CC BY 4.0; of the deliveries jan, feb: none stated; of the delivery mar: CC BY 4.0"
+    folder = exporting.export(fed, tmp_path / "model")
+    assert f"Data that it was trained on: {licence}." in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["streamcl"]["licence"]["data"] == licence
 
 
 @pytest.mark.parametrize("strategy", ["finetune", "gacil"])

@@ -82,7 +82,7 @@ def test_every_strategy_learns_new_classes_then_old_ones_then_both(strategy: str
 def test_ids_stay_unique_and_classes_are_matched_by_name(tmp_path: Path, finished: Any) -> None:
     run = finished("er", tmp_path / "run")
     feeding.feed(run, images(tmp_path / "a.npz", 3, 7), holdout=0.2)
-    feeding.feed(run, images(tmp_path / "a2.npz", 3, 7), test=images(tmp_path / "t.npz", 7))
+    feeding.feed(run, images(tmp_path / "a2.npz", 3, 7), test=images(tmp_path / "t.npz", 7), again=True)
     stream = running.stream_of(config.load(run / "config.yaml"), RunFolder(run))
     info = stream.open(0)
     tasks = [stream.task(index) for index in range(len(stream))]
@@ -231,7 +231,7 @@ WRONG = {
     "type": r"image holds torch.int32, and the run's first task torch.uint8",
     "floats": r"has image \(decimal numbers, 1 x 8 x 8\), and this run takes image \(whole numbers from 0 to 16, 1 x 8 x 8\)",
     "lies": "image must be whole numbers from 0 to 16, 1 x 8 x 8, and holds float32",
-    "shape": "image must be whole numbers from 0 to 16, 1 x 8 x 8, and has the shape 1 x 7 x 8",
+    "shape": "image must be whole numbers from 0 to 16, n x 1 x 8 x 8, and has the shape n x 1 x 7 x 8",
 }
 
 
@@ -245,6 +245,7 @@ def test_wrong_data_gets_one_message_and_the_run_is_as_it_was(tmp_path: Path, fi
         assert contents(run) == before
     repeated = shutil.copytree(run, tmp_path / "repeated")
     assert feeding.feed(repeated, json.dumps({"name": f"{tmp_path}/own.py:Own", "wrong": "test ids"}))["tasks"][-1]["test"] == 6
+    assert json.loads((repeated / "files.json").read_text())[f"{tmp_path}/own.py"]["plugin"]
     empty = json.dumps({"name": f"{tmp_path}/own.py:Own", "wrong": "empty"})
     good, other = images(tmp_path / "good.npz", 1), images(tmp_path / "other.npz", 2, turned=True)
     table = write_rows(tmp_path / "table.csv", rows(10, 1.0, "1", "2"))
@@ -288,9 +289,12 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, finished: Any) ->
 def test_a_feed_that_cannot_be_learned_leaves_the_run_as_it_was(tmp_path: Path, finished: Any) -> None:
     run = finished("icarl", tmp_path / "run", memory={"exemplars": 10}, engine={"checkpoint": {"every": "task"}})
     before = contents(run)
-    with pytest.raises(ConfigError, match=r"memory.exemplars is 10, less than one sample for each of the 12(.|\n)*The data was not taken"):
+    with pytest.raises(
+        ConfigError, match=r"memory.exemplars is 10, less than one sample for each of the 12(.|\n)*The data was not taken"
+    ) as told:
         feeding.feed(run, images(tmp_path / "new.npz", 3, 4, turned=True))
     assert contents(run) == before
+    assert str(told.value).endswith("as it was before; after the fix, feed it again") and "streamcl resume" not in str(told.value)
     assert len(feeding.feed(run, images(tmp_path / "old.npz", 3))["matrix"]) == 6
 
 
@@ -387,13 +391,13 @@ def test_training_data_of_the_past_may_go_and_test_data_is_asked_for(tmp_path: P
     feeding.feed(run, str(held), holdout=0.2)
     first.unlink()
     assert feeding.feed(run, images(tmp_path / "mar.npz", 3))["matrix"][-1][5] is not None
-    with pytest.raises(DataError, match=r"task 5 \(jan\) is needed again: there is no 'jan.npz'(.|\n)*The data was not taken"):
+    with pytest.raises(DataError, match=r"task 6 \(jan\) is needed again: there is no 'jan.npz'(.|\n)*The data was not taken"):
         feeding.feed(joint, images(tmp_path / "mar.npz", 3))
     for gone, index in ((test, 5), (held, 6)):
         gone.unlink()
         record = run / f"fed/000{index - 4}.json"
         with pytest.raises(
-            DataError, match=rf'{gone} is gone.*or give up the scores of task {index} .*write 0 for "test".* in {record}'
+            DataError, match=rf'{gone} is gone.*or give up the scores of task {index + 1} .*write 0 for "test".* in {record}'
         ) as told:
             feeding.feed(run, images(tmp_path / "apr.npz", 4))
         assert "\n" not in str(told.value)
@@ -408,6 +412,30 @@ def test_fed_data_that_changed_is_refused(tmp_path: Path, finished: Any) -> None
     images(tmp_path / "jan.npz", 1, 2)
     with pytest.raises(DataError, match=r"jan\.npz has changed since the run was made"):
         feeding.feed(run, images(tmp_path / "feb.npz", 2))
+
+
+def test_data_that_the_run_has_already_is_refused_unless_again_is_given(
+    tmp_path: Path, finished: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = finished("gacil", tmp_path / "run", log=["progress"])
+    feeding.feed(run, images(tmp_path / "jan.npz", 3), test=images(tmp_path / "exam.npz", 3, limit=60))
+    before = contents(run)
+    refused = {
+        shutil.copy(tmp_path / "jan.npz", tmp_path / "copy.npz"): r"copy is in the run already, as task 6 \(jan\): .*give --again",
+        str(tmp_path / "exam.npz"): r"exam is in the run already, as the test data of task 6 \(jan\)",
+        "digits": "digits is in the run already, as what it began with",
+    }
+    for data, message in refused.items():
+        with pytest.raises(RunError, match=message):
+            feeding.feed(run, str(data))
+        assert contents(run) == before
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["streamcl", "feed", str(run), str(tmp_path / "copy.npz"), "--again"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().out
+    assert left.value.code == 0 and "warning: copy was in the run already, as task 6 (jan)" in said
+    assert "warning: copy has no test part: nothing is scored of it" in said
 
 
 def test_validation_and_single_pass_streams_go_on_as_they_began(tmp_path: Path) -> None:

@@ -69,12 +69,12 @@ def test_herding_equals_the_rule_tried_on_every_candidate() -> None:
     for k in range(1, 41):
         distances = [float("inf") if i in chosen else float((mean - (unit[i] + unit[chosen].sum(dim=0)) / k).norm()) for i in range(40)]
         chosen.append(min(range(40), key=distances.__getitem__))
-    assert policy.rank(features, 40, torch.Generator()).tolist() == chosen
+    assert policy.rank(features, None, 40, torch.Generator()).tolist() == chosen
 
 
 def test_herding_all_samples_has_the_class_mean() -> None:
     features = normalize(torch.randn(30, 5, dtype=torch.float64), dim=1)
-    order = find("policy", "herding").load()().rank(features, 30, torch.Generator())
+    order = find("policy", "herding").load()().rank(features, None, 30, torch.Generator())
     assert sorted(order.tolist()) == list(range(30))
     torch.testing.assert_close(features[order].mean(dim=0), features.mean(dim=0), rtol=0, atol=1e-12)
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_kept_is_refused_with_a_reason() -> None:
         memory().exemplars.sample(3)
     with pytest.raises(ConfigError, match=r"memory.exemplars is 2, less than one sample for each of the 3 classes"):
         memory("herding", exemplars=2).exemplars.add(batch(list(range(9))), features=torch.rand(9, 2))
-    with pytest.raises(DataError, match="ranks features, and none were given"):
+    with pytest.raises(DataError, match="herding goes by features, and none were given"):
         memory("herding").exemplars.add(batch([1, 2]))
     with pytest.raises(DataError, match=r"1 features are NaN or infinite \(rows \[1\]\)"):
         memory().prototypes.update(torch.tensor([[1.0], [float("nan")]]), torch.tensor([0, 0]))

@@ -334,9 +334,31 @@ def test_listing_imports_neither_torch_nor_pydantic():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("body", "meant"),
+    [
+        ("def los(self, batch): ...", "'loss'"),
+        ("def compute_loss(self, batch): ...", "'loss'"),
+        ("def aftertask(self, task): ...", "'after_task'"),
+        ("def on_before_task(self, task): ...", "'before_task'"),
+        ("def loss(self, batch): ...\n    def old_loss(self, batch): ...", None),  # a helper of its own loss
+        ("def learn(self, task): self.head_loss(task)\n    def head_loss(self, task): ...", None),
+        ("@property\n    def loss_weight(self): ...", None),
+        ("def similarity(self, batch): ...", None),
+    ],
+)
+def test_a_method_that_is_nearly_a_hook_and_that_nothing_calls_is_told(tmp_path, body, meant):
+    (tmp_path / "mine.py").write_text(f"from streamcl import GradientStrategy\nclass Mine(GradientStrategy):\n    {body}\n")
+    found = find("strategy", "mine.py", tmp_path).misnamed()
+    name = body.partition("def ")[2].partition("(")[0]
+    told = f"{tmp_path}/mine.py:3: Mine.{name} overrides nothing, and nothing calls it: did you mean {meant}?"
+    assert found == ([told] if meant else [])
+
+
 def test_every_plugin_of_the_rooms_can_be_described():
     for kind in KINDS:
         for plugin in plugins(kind).values():
+            assert not plugin.misnamed()
             assert plugin.summary, f"{plugin.path} has no docstring"
             assert plugin.evidence is None or plugin.evidence.startswith(EVIDENCE), f"{plugin.path}: {plugin.evidence}"
             for option in plugin.options.values():

@@ -140,13 +140,17 @@ def test_a_run_without_any_whole_checkpoint_says_so(tmp_path: Path, monkeypatch:
         running.resume(tmp_path / "run")
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("writes", [0, 5, 9])  # in the middle of what is written after the first checkpoint
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(
+    writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small_run("er")
     sync, calls = os.fsync, []
 
     def full(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) > 14:
+        if Checkpoints(tmp_path / "run/checkpoints").numbers():
+            calls.append(descriptor)
+        if len(calls) > writes:
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
@@ -199,6 +203,34 @@ def test_data_that_changed_since_is_refused(tmp_path: Path, monkeypatch: pytest.
     table.write_text(table.read_text() + "1,1,odd\n")
     with pytest.raises(DataError, match=r"data\.csv has changed since"):
         running.resume(tmp_path / "run")
+
+
+def test_a_plugin_that_changed_since_is_told_once_and_stays_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin, beside = tmp_path / "mine.py", tmp_path / "beside.py"
+    plugin.write_text("from beside import Base\n\n\nclass Mine(Base):\n    pass\n")
+    beside.write_text("from streamcl.strategy import GradientStrategy\n\n\nclass Base(GradientStrategy):\n    pass\n")
+    config = small_run(f"{plugin}:Mine", engine={"checkpoint": {"every": {"steps": 1}}})
+
+    def warnings() -> list[str]:
+        return [line for line in (tmp_path / "run/events.jsonl").read_text().splitlines() if '"kind": "warning"' in line]
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Interrupted):
+            running.run(config, out=tmp_path / "run")
+        stop_at(patch, 6)
+        with pytest.raises(Interrupted):
+            running.resume(tmp_path / "run")
+        assert not warnings()
+        beside.write_text(beside.read_text() + "# mended\n")
+        stop_at(patch, 9)
+        with pytest.raises(Interrupted):
+            running.resume(tmp_path / "run")
+    assert len(warnings()) == 1 and f"{beside} has changed since the run last used it" in warnings()[0]
+    assert running.resume(tmp_path / "run")["resume"] == {"kind": "none", "why": "beside.py changed while the run was under way"}
+    assert len(warnings()) == 1
+    files = json.loads((tmp_path / "run/files.json").read_text())
+    assert "before" not in files[str(plugin)] and len(files[str(beside)]["before"]) == 1
 
 
 def test_a_loss_that_is_nan_stops_with_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_without_a_terminal_progress_prints_plain_lines_and_the_matrix(tmp_path:
     assert "\x1b" not in out
     assert out.splitlines() == [
         "er on class_incremental",
-        "  2 tasks · 12 000 parameters · cpu · float32 · seed 0",
+        "  2 tasks · 12 000 parameters before the first class · cpu · float32 · seed 0",
         "task 1/2: 4 samples of [red], b",
         "task 1/2: epoch 2/4, loss 0.5, 1234 samples/s",
         "task 1/2: accuracy 100.0 % on all seen, 100.0 % on this task",
@@ -334,31 +334,62 @@ def scored(final: float) -> dict[str, Any]:
     return made_up_scores([[1.0], [final, final]], [1.0, final])
 
 
-def test_seeds_are_one_line_with_mean_deviation_and_students_interval(tmp_path: Path) -> None:
+def test_seeds_are_one_row_with_mean_deviation_and_students_interval(tmp_path: Path) -> None:
     runs = [made_up_run(tmp_path / f"er{seed}", seed=seed, scores=scored(final)) for seed, final in enumerate((0.80, 0.90, 0.85))]
     runs.append(made_up_run(tmp_path / "icarl", "icarl", scores=scored(0.95)))
     lines = table(runs).splitlines()
     # mean 85, deviation 5 (n - 1), t(2 degrees, 97.5 %) = 4.3027: half width 4.3027 * 5 / sqrt(3) = 12.42
-    assert "85.0 ± 5.0 [72.6, 97.4]" in lines[2]
-    assert lines[2].startswith("er")
-    assert "0–2" in lines[2]
-    assert lines[3].split()[:5] == ["icarl", "class_incremental", "of", "digits", "0"]
-    assert "95.0" in lines[3]
-    assert Estimate.of([0.8, 0.9, 0.85]).half_width == pytest.approx(0.1242, abs=1e-4)  # type: ignore[union-attr]
+    assert lines[3].split()[:5] == ["er", "0–2", "85.0", "±", "5.0"] and lines[4].split()[:2] == ["[72.6,", "97.4]"]
+    assert lines[5].split()[:3] == ["icarl", "0", "95.0"] and "all on class_incremental of digits" in lines
+    estimate = Estimate.of([0.8, 0.9, 0.85])
+    assert estimate is not None and estimate.half_width == pytest.approx(0.1242, abs=1e-4) and estimate.n == 3
+    assert f"runs of er: {runs[0]}," in "\n".join(lines) and str(runs[2]) in "\n".join(lines)
+
+
+def test_an_interval_ends_at_what_is_possible_and_two_seeds_have_none(tmp_path: Path) -> None:
+    two = [made_up_run(tmp_path / f"two{seed}", seed=seed, scores=scored(final)) for seed, final in enumerate((0.90, 0.98))]
+    assert "94.0 ± 5.7" in table(two) and "[" not in table(two).partition("accuracy")[0]
+    lines = table([*two, made_up_run(tmp_path / "three", seed=2, scores=scored(0.99))]).splitlines()
+    # mean 95.67, deviation 4.93, half width 12.25: to 107.9 without an end; forgetting goes to 16.6 and may be below 0
+    assert "[83.4, 100.0]" in lines[4] and "[-7.9, 16.6]" in lines[4]
+
+
+def test_a_seed_that_was_run_again_counts_once(tmp_path: Path) -> None:
+    finals = {"a": (0, 0.8), "b": (1, 0.9), "c": (1, 0.9), "d": (1, 0.9)}
+    runs = [made_up_run(tmp_path / name, seed=seed, scores=scored(final)) for name, (seed, final) in finals.items()]
+    text = table(runs)
+    assert "85.0 ± 7.1" in text and "[" not in text.partition("accuracy")[0]
+    assert "er was run several times with seed 1: the mean of such repeats counts as one seed" in text
+    assert "±" not in table(runs[1:]).partition("accuracy")[0]
+
+
+def test_a_table_fits_into_a_hundred_columns(tmp_path: Path) -> None:
+    options = {"optimizer": {"momentum": None}, "a_rather_long_option": [1, 2, 3]}
+    runs = [made_up_run(tmp_path / f"a{seed}", seed=seed, scores=scored(0.8 + seed / 50), **options) for seed in range(3)]
+    other = {"optimizer": {"momentum": 0.9}, "a_rather_long_option": [4, 5, 6]}
+    runs += [made_up_run(tmp_path / f"b{seed}", seed=seed, scores=scored(0.8 + seed / 40), **other) for seed in range(3)]
+    for validation in (None, made_up_scores()):
+        for run in runs:
+            scores = json.loads((run / "scores.json").read_text())
+            (run / "scores.json").write_text(json.dumps({**scores, "validation": validation}))
+        text = table(runs)
+        assert max(map(len, text.partition("accuracy")[0].splitlines())) <= 100
+        words = " ".join(text.split())
+        assert "None" not in words and "momentum=null" in words and "runs of er, a_rather_long_option=[1, 2, 3], momentum=null: " in words
 
 
 def test_runs_of_one_strategy_are_told_apart_by_the_settings_that_differ(tmp_path: Path) -> None:
     runs = [made_up_run(tmp_path / str(epochs), epochs=epochs, batch=32) for epochs in (5, 10)]
     lines = table(runs).splitlines()
-    assert lines[2].startswith("er, epochs=5 ")
-    assert lines[3].startswith("er, epochs=10 ")
+    assert lines[3].startswith("er, epochs=5 ")
+    assert lines[4].startswith("er, epochs=10 ")
 
 
 def test_runs_that_are_not_finished_are_named_and_left_out(tmp_path: Path) -> None:
     done, broken = made_up_run(tmp_path / "done"), made_up_run(tmp_path / "broken", status="interrupted")
     text = table([done, broken])
     assert f"left out: {broken} (interrupted)" in text
-    assert len([line for line in text.splitlines() if line.startswith("er")]) == 1
+    assert len([line for line in text.splitlines() if line.startswith("er ")]) == 1
     assert "none of these runs is finished" in table([broken])
     with pytest.raises(RunError, match="nothing to draw"):
         picture([broken], tmp_path / "p.png")
@@ -366,6 +397,9 @@ def test_runs_that_are_not_finished_are_named_and_left_out(tmp_path: Path) -> No
 
 def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"is no run: it holds no config\.yaml"):
+        table([tmp_path])
+    made_up_run(tmp_path / "inside")
+    with pytest.raises(RunError, match=rf"is no run: it holds no config\.yaml; the runs in it are {tmp_path}/inside"):
         table([tmp_path])
 
 

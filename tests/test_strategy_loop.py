@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from small_runs import small_run
 from test_strategies import engine, learn, make, prepared
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from streamcl import running
 from streamcl.config import EngineConfig, EvaluateConfig
 from streamcl.engine import Engine
 from streamcl.errors import PluginError
+from streamcl.events import Event, Events, Sink
 from streamcl.options import Optimizer, Schedule
+from streamcl.plugins import find
 from streamcl.seeding import generator
 from streamcl.strategy import GradientStrategy, Term, learning_rate_factor, make_optimizer
 from streamcl.stream import Batch, Task
@@ -213,9 +217,6 @@ def test_any_time_scores_are_taken_within_tasks_and_change_nothing() -> None:
 
 
 def test_an_error_in_a_strategy_shows_its_author_their_own_lines(tmp_path: Any) -> None:
-    from streamcl import running
-    from streamcl.plugins import find
-
     (tmp_path / "mine.py").write_text(
         "from streamcl.strategy import GradientStrategy\n\n\n"
         "class Mine(GradientStrategy):\n    def loss(self, batch):\n        return batch.missing\n"
@@ -233,9 +234,54 @@ def test_an_error_in_a_strategy_shows_its_author_their_own_lines(tmp_path: Any) 
     assert "streamcl/strategy.py" not in str(failure.value) and failure.value.exit_code == 2
 
 
-def test_a_sink_that_fails_is_left_out_and_named() -> None:
-    from streamcl.events import Event, Events, Sink
+@pytest.mark.parametrize("term", ["alone", "with"])
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("self.forward(batch).sum()", "None"),
+        ("return 0.5", "a float"),
+        ("return self.forward(batch)", r"a tensor of shape \(32, 2\)"),
+        ("return self.forward(batch).sum().detach()", r"a tensor without a graph"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_with_is_told_with_its_file_and_class(body: str, what: str, term: str, tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from streamcl.strategy import GradientStrategy, Term\n\n\n"
+        f"class Mine(GradientStrategy):\n    def loss(self, batch):\n        {body}\n\n\n"
+        "class Nothing(Term):\n    def loss(self, batch):\n        return None\n"
+    )
+    strategy = {"name": f"{tmp_path}/mine.py:Mine", "with": [f"{tmp_path}/mine.py:Nothing"] if term == "with" else []}
+    with pytest.raises(PluginError, match=rf"{tmp_path}/mine\.py:5: Mine\.loss returned {what}.*it must return the mean loss") as failure:
+        running.run(small_run("finetune", strategy=strategy, log=[]), out=tmp_path / "run")
+    assert failure.value.exit_code == 2 and "\n" not in str(failure.value)
 
+
+def test_the_pace_of_training_leaves_out_what_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    class Slow(Plain):
+        def before_task(self, task: Task) -> None:
+            clock[0] += 300
+
+        def loss(self, batch: Batch) -> Tensor:
+            clock[0] += 100 if clock[0] % 1000 == 300 else 1
+            return super().loss(batch)
+
+    class Kept(Sink):
+        rates: ClassVar[list[float]] = []
+
+        def write(self, event: Event) -> None:
+            if event.kind == "progress":
+                self.rates.append(event.fields["samples_per_second"])
+
+    run = engine(Slow(epochs=1, batch=41))  # 246 samples: six batches
+    run.events.sinks.append(Kept())
+    learn(run, 1)
+    assert Kept.rates == [41.0] * 5
+
+
+def test_a_sink_that_fails_is_left_out_and_named() -> None:
     class Broken(Sink):
         def write(self, event: Event) -> None:
             raise KeyError("no such figure")

@@ -9,5 +9,5 @@ from streamcl.contracts import SelectionPolicy
 
 
 class Random(SelectionPolicy):
-    def rank(self, features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    def rank(self, features: Tensor, scores: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(len(features), generator=generator)[:count]

@@ -18,6 +18,7 @@ class Digits(Source):
     """`test_fraction` of every class is the test set, drawn with `split_seed`."""
 
     licence = "CC BY 4.0"
+    class_count = 10
 
     def __init__(self, *, test_fraction: Fraction = 0.3, split_seed: NonNegativeInt = 0) -> None:
         self.test_fraction, self.split_seed = test_fraction, split_seed

@@ -7,7 +7,7 @@ with the means and deviations of the training part.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Sklearn(Source):
     """`test_fraction` of every class is the test set, drawn with `split_seed`."""
 
     licence = "CC BY 4.0"
+    class_count: ClassVar = {"iris": 3, "wine": 3, "breast_cancer": 2}
 
     def __init__(
         self, *, set: Literal["iris", "wine", "breast_cancer"], test_fraction: Fraction = 0.3, split_seed: NonNegativeInt = 0

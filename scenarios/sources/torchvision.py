@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class Torchvision(RecordSource):
     """`options` are further arguments of the set's class: `{split: balanced}` for EMNIST, `{annotation_level: family}` for FGVCAircraft."""
 
     licence = "the set's own"
+    class_count: ClassVar = {"MNIST": 10, "FashionMNIST": 10, "KMNIST": 10, "SVHN": 10, "CIFAR10": 10, "CIFAR100": 100, "Food101": 101}
 
     def __init__(
         self,

@@ -63,6 +63,12 @@ class GACIL(Strategy):
     def predict(self, batch: Batch) -> Prediction:
         return Prediction(self.expand(batch) @ self.memory.analytic.weights())
 
+    def erase(self, samples: Batch) -> tuple[str, ...]:
+        for start in range(0, len(samples), self.batch):
+            batch = self.context.prepare(samples[start : start + self.batch], train=False)
+            self.memory.analytic.remove(self.expand(batch), batch.target)
+        return ("analytic",)
+
     def state(self) -> dict[str, Any]:
         return {"expansion": self.expansion}
 

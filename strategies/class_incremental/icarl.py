@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize, one_hot
 
 from streamcl.context import Context
-from streamcl.data import ArrayDataset, Joined
+from streamcl.data import Joined
 from streamcl.errors import ConfigError
 from streamcl.nn.model import Model
 from streamcl.options import Optimizer, PositiveInt, Schedule
@@ -74,11 +74,13 @@ class ICaRL(GradientStrategy):
         return binary_cross_entropy_with_logits(logits, target)
 
     def after_task(self, task: Task) -> None:
+        self.keep(self.candidates(task))
+        self.find_means()
+        self.teacher = None
+
+    def find_means(self) -> None:
+        """The mean of each class's exemplars, as the network sees them now."""
         exemplars, prototypes = self.memory.exemplars, self.memory.prototypes
-        held = exemplars.classes()
-        again = [exemplars.of(label) for label in task.labels if label in held]  # of classes that came back: all are candidates
-        candidates = Joined([task.train, *(ArrayDataset(b.inputs, b.target, b.ids, b.present, b.extra) for b in again)])
-        exemplars.add(candidates, features=self.context.features(candidates))
         prototypes.clear()
         for label in exemplars.classes():
             kept = exemplars.of(label)
@@ -87,7 +89,10 @@ class ICaRL(GradientStrategy):
                 flipped = kept.replace(inputs={name: _flipped(values) for name, values in kept.inputs.items()})
                 mean = (mean + normalize(self.context.features(flipped), dim=1).mean(dim=0)) / 2
             prototypes.set(label, normalize(mean, dim=0), len(kept))
-        self.teacher = None
+
+    def erase(self, samples: Batch) -> tuple[str, ...]:
+        self.find_means()
+        return ("prototypes",)
 
     def predict(self, batch: Batch) -> Prediction:
         features = self.model.features(batch)

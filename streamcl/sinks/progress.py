@@ -71,7 +71,7 @@ class Progress(Sink):
         count = f"{self.tasks} tasks" if self.tasks else "tasks as they come"
         facts = [
             count,
-            f"{fields['parameters']:,} parameters".replace(",", " "),
+            f"{fields['parameters']:,} parameters".replace(",", " ") + ("" if fields["resumed"] else " before the first class"),
             fields["device"],
             fields["precision"],
             f"seed {fields['seed']}",
