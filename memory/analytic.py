@@ -33,10 +33,12 @@ PIECE = 4096  # rows at a time of a large batch, so that its copy in float64 sta
 
 
 def in_full(method: Method) -> Method:
-    """Statistics are ordinary tensors of their own precision, also where the caller is under autocast, inference mode or autograd."""
+    """Statistics are ordinary tensors of their own precision, also where the caller is under autocast or in inference mode."""
 
     @wraps(method)
     def plainly(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(self.device.type):
+            return method(self, *args, **kwargs)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return method(self, *args, **kwargs)
 

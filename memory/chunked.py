@@ -107,7 +107,7 @@ class Vectors:
 
 
 def nearest(vectors: Vectors, queries: Tensor, k: int, metric: Metric, engine: Engine, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Distances and rows of the k nearest, among `rows` where they are given; row -1 where there are fewer  # (queries, k) each"""
+    """Distances and rows of the k nearest, of which there are as many, among `rows` where they are given  # (queries, k) each"""
     if engine == "faiss gpu" and k > GPU_MOST:
         engine = "torch"
     if engine == "faiss" and (rows is None or len(queries) < FEW):
@@ -121,7 +121,7 @@ def nearest(vectors: Vectors, queries: Tensor, k: int, metric: Metric, engine: E
 
 
 def among(parts: Iterable[Part], queries: Tensor, k: int, metric: Metric, engine: Engine = "torch") -> tuple[Tensor, Tensor]:
-    """The k nearest over all parts."""
+    """The k nearest over all parts; row -1 where there are fewer."""
     worst = float("inf") if metric == "l2" else float("-inf")
     distances = queries.new_full((len(queries), k), worst)
     found = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
@@ -215,8 +215,6 @@ def _by_faiss(queries: Tensor, vectors: Tensor, k: int, metric: Metric, rows: Te
             faiss.knn_L2sqr(*pointers, None, only)
         else:
             faiss.knn_inner_product(*pointers, only)
-    if k > (len(held) if rows is None else len(rows)):
-        distances[found < 0] = np.inf if metric == "l2" else -np.inf
     return torch.from_numpy(distances), torch.from_numpy(found)
 
 
@@ -247,6 +245,4 @@ def _by_faiss_gpu(queries: Tensor, vectors: Tensor, k: int, metric: Metric) -> t
     asked.outDistances = faiss.cast_integer_to_float_ptr(distances.data_ptr())
     asked.outIndices, asked.outIndicesType = faiss.cast_integer_to_void_ptr(found.data_ptr()), faiss.IndicesDataType_I64
     faiss.bfKnn(resources(queries.device), asked)
-    if k > len(vectors):
-        distances[found < 0] = float("inf") if metric == "l2" else float("-inf")
     return distances, found

@@ -350,11 +350,14 @@ class Exemplars:
             fresh_notes = {
                 "arrived": torch.full((len(picked),), self.task, dtype=torch.int32),
                 "groups": of[picked],
-                "scores": self._noted(None if marks is None else marks[picked.to(marks.device)], len(picked)),
             }
+            if marks is not None or "scores" in noted:
+                fresh_notes["scores"] = self._noted(None if marks is None else marks[picked.to(marks.device)], len(picked))
             if self.disk is not None:
                 incoming, fresh_notes["keys"] = self.disk.store(incoming)
             every = incoming if every is None else Batch.cat(list(_aligned(every, incoming)))
+            if before and "scores" in fresh_notes and "scores" not in noted:
+                noted = {**noted, "scores": self._noted(None, before)}
             noted = {name: torch.cat([noted[name], column]) if before else column for name, column in fresh_notes.items()}
         assert every is not None
         place = {row: before + n for n, row in enumerate(picked.tolist())}

@@ -93,9 +93,21 @@ class Faiss(Memory):
     def about(self) -> dict[str, Any]:
         return {
             "exemplars": self.exemplars.about(),
-            "prototypes": self.prototypes.about(),
-            "analytic": self.analytic.about(),
+            "prototypes": self._prototypes(),
+            "analytic": {"bytes": self.analytic.nbytes()} if self.analytic.nbytes() else {},
             "indexes": {name: index.about() for name, index in self.indexes.items()},
+        }
+
+    def _prototypes(self) -> dict[str, Any]:
+        labels = self.prototypes.labels()
+        if len(labels) == 0:
+            return {}
+        return {
+            "classes": len(labels.unique()),
+            "means": len(labels),
+            "samples": int(self.prototypes.counts().sum()),
+            "covariance": self.prototypes.covariance,
+            "bytes": self.prototypes.nbytes(),
         }
 
     def state(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from streamcl.checkpoint import flatten, unflatten
 from streamcl.contracts import FeatureIndex, Metric
@@ -48,6 +49,7 @@ RECALL, NEIGHBOURS, SAMPLED = 0.95, 10, 64  # what a search must find of the tru
 AUTO_VECTORS, AUTO_QUERIES = 20_000, 20_000
 ONE_BY_ONE = 8  # a query that comes alone costs exact search as much as so many in a batch
 AUTO_IVF = 1_000_000  # from here on a graph takes too long to build; up to it, it finds more in less time
+REFINED = 10  # candidates for each neighbour that `...,RFlat` compares exactly; FAISS's own default compares none beyond the k
 LONGEST = 1e37  # squared length: distances between longer vectors do not fit float32
 BLOCK = 65_536  # vectors that are read from a FAISS index at once
 
@@ -62,14 +64,15 @@ class Rows:
         self.free = np.empty(0, np.int64)  # rows to use again
         self.keys, self.row_at = np.full(64, -1, np.int64), np.full(64, -1, np.int32)
         self.taken = 0  # keys ever entered: one that is gone keeps its place
+        self.same = 0  # rows before this one have kept their ids since someone set it
         self._before = 0, self.free
 
     def _home(self, ids: np.ndarray) -> np.ndarray:
         shift = np.uint64(65 - len(self.keys).bit_length())
         return ((ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> shift).view(np.int64)
 
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """The row of each id, -1 where there is none."""
+    def _seek(self, ids: np.ndarray) -> np.ndarray:
+        """Where each id stands in the table, or could."""
         at = self._home(ids)
         keys = self.keys[at]
         astray = np.flatnonzero((keys != ids) & (keys != -1))
@@ -77,6 +80,11 @@ class Rows:
             at[astray] = (at[astray] + 1) & (len(self.keys) - 1)
             keys = self.keys[at[astray]]
             astray = astray[(keys != ids[astray]) & (keys != -1)]
+        return at
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """The row of each id, -1 where there is none."""
+        at = self._seek(ids)
         return np.where(self.keys[at] == ids, self.row_at[at], -1).astype(np.int64)
 
     def _places(self, ids: np.ndarray) -> np.ndarray:
@@ -98,7 +106,8 @@ class Rows:
         rows = np.flatnonzero(self.of[: self.count] != -1)
         size = max(64, 1 << (4 * (len(rows) + more) - 1).bit_length() - 1)
         self.keys, self.row_at, self.taken = np.full(size, -1, np.int64), np.full(size, -1, np.int32), 0
-        self.row_at[self._places(self.of[rows])] = rows
+        places = self._places(self.of[rows])
+        self.row_at[places] = rows
 
     def enter(self, ids: np.ndarray) -> np.ndarray:
         """Rows for new ids; all of them or, where one is held or comes twice, none."""
@@ -119,9 +128,13 @@ class Rows:
         count = self.count + len(ids) - reused
         if count >= len(self.of):
             self.of = np.concatenate([self.of, np.full(max(count + 1, len(self.of) * 3 // 2) - len(self.of), -1)])
-        self.of[rows] = ids
+        self._name(rows, ids)
         self.count, self.held = count, self.held + len(ids)
         return rows
+
+    def _name(self, rows: np.ndarray, ids: np.ndarray | int) -> None:
+        self.of[rows] = ids
+        self.same = min(self.same, int(rows.min(initial=self.same)))
 
     def undo(self, rows: np.ndarray) -> None:
         """As before the last `enter`, which gave these rows."""
@@ -129,8 +142,8 @@ class Rows:
         self.count, self.free = self._before
 
     def leave(self, rows: np.ndarray, reuse: bool = False) -> None:
-        self.row_at[self._places(self.of[rows])] = -1
-        self.of[rows] = -1
+        self.row_at[self._seek(self.of[rows])] = -1
+        self._name(rows, -1)
         self.held -= len(rows)
         if reuse:
             self.free = np.sort(np.concatenate([self.free, rows]))
@@ -140,15 +153,15 @@ class Rows:
         self.leave(rows)
         left = self.held
         holes, movers = np.sort(rows[rows < left]), left + np.flatnonzero(self.of[left : self.count] != -1)
-        self.of[holes] = self.of[movers]
-        self.row_at[self._places(self.of[holes])] = holes
+        self._name(holes, self.of[movers])
+        self.row_at[self._seek(self.of[holes])] = holes
         self.of[left : self.count] = -1
         self.count = left
         return holes, movers
 
     def fill(self, ids: np.ndarray) -> None:
         """These ids in rows 0, 1, ...; -1 for a row that holds nothing."""
-        self.of = np.append(ids, np.int64(-1))
+        self.of, self.same = np.append(ids, np.int64(-1)), 0
         self.count, self.held, self.free = len(ids), int((ids != -1).sum()), np.empty(0, np.int64)
         self._rehash(0)
 
@@ -167,13 +180,15 @@ class Structure:
         self.kind, self.metric, self.place, self.float16 = kind, metric, place, float16
         self.width = 0  # how many lists or nodes a search visits; 0: the kind has nothing to choose
         self.gpu: Any = None
-        self.index: Any  # this and the next three: None while it lies on a GPU
+        self.index: Any  # this and the next four: None while it lies on a GPU
         self.core: Any  # without the transforms before it
         self.storage: Any  # where a graph keeps its vectors
+        self.lists: Any  # where IVF keeps its
         self.wide: Any  # the part that a width can be chosen for
         self.trained = torch.empty(0, dtype=torch.uint8)  # what it is when it is trained and empty
         self._adopt(made(kind, dim, metric))
-        self.enough = points_to_train(self.index, dim)  # below so many vectors it cannot work
+        self.enough = points_to_train(self.index, dim)  # how many vectors it must have seen
+        self.least = self.enough if isinstance(self.core, faiss.IndexNSG) else 0  # how many it must hold
         if self.index.is_trained:
             self.trained = _serialized(self.index)
 
@@ -183,9 +198,10 @@ class Structure:
         while isinstance(self.core, faiss.IndexPreTransform):
             self.core = faiss.downcast_index(self.core.index)
         self.storage = faiss.downcast_index(self.core.storage) if isinstance(self.core, faiss.IndexHNSW) else None
-        if isinstance(self.core, faiss.IndexIVF):
+        self.lists = faiss.downcast_InvertedLists(self.core.invlists) if isinstance(self.core, faiss.IndexIVF) else None
+        if self.lists is not None:
             self.family = "lists"
-        elif isinstance(self.storage, faiss.IndexFlatCodes):
+        elif isinstance(self.storage, faiss.IndexFlatCodes) and not isinstance(self.storage, faiss.Index2Layer):
             self.family = "graph"
         else:
             self.family = "packed" if _removes(self.index) else "rigid"
@@ -193,6 +209,8 @@ class Structure:
         while isinstance(self.wide, faiss.IndexRefine | faiss.IndexPreTransform):
             inner = self.wide.base_index if isinstance(self.wide, faiss.IndexRefine) else self.wide.index
             self.wide = faiss.downcast_index(inner)
+        if isinstance(self.index, faiss.IndexRefine):
+            self.index.k_factor = REFINED
         self.widest = self.wide.nlist if isinstance(self.wide, faiss.IndexIVF) else 2048 if isinstance(self.wide, faiss.IndexHNSW) else 0
         if self.width:
             self.widen(self.width)
@@ -229,7 +247,7 @@ class Structure:
                 self.gpu = faiss.index_cpu_to_all_gpus(self.index, options)
             else:
                 self.gpu = faiss.index_cpu_to_gpu(resources(self.place), self.place.index or 0, self.index, options)
-            self.owner = self.index = self.core = self.storage = self.wide = None
+            self.owner = self.index = self.core = self.storage = self.lists = self.wide = None
         elif isinstance(self.place, torch.device):
             resources(self.place)
         return self.gpu
@@ -251,22 +269,25 @@ class Structure:
         numbers = values.cpu().numpy()
         if self.family == "lists":
             self.index.add_with_ids(numbers, rows)
-        elif self.family == "graph":
-            # FAISS does not save where its generator stands: one made for each call lets a restored graph grow like the first.
-            self.core.hnsw.rng = faiss.RandomGenerator(derived(0, "hnsw", self.index.ntotal) % 2**31)
-            threads = faiss.omp_get_max_threads()
-            alone = torch.are_deterministic_algorithms_enabled() and threads > 1
-            if alone:
-                faiss.omp_set_num_threads(1)
-            try:
-                self.index.add(numbers)
-            finally:
-                if alone:
-                    faiss.omp_set_num_threads(threads)
+        elif isinstance(self.wide, faiss.IndexHNSW):
+            self._link(numbers)
         elif isinstance(self.core, faiss.IndexNSG) and self.index.ntotal:
             self.fill(torch.cat([self.vectors(np.arange(self.index.ntotal)), torch.from_numpy(numbers)]))
         else:
             self.index.add(numbers)
+
+    def _link(self, values: np.ndarray) -> None:
+        # FAISS does not save where its generator stands: one made for each call lets a restored graph grow like the first.
+        self.wide.hnsw.rng = faiss.RandomGenerator(derived(0, "hnsw", self.index.ntotal) % 2**31)
+        threads = faiss.omp_get_max_threads()
+        alone = torch.are_deterministic_algorithms_enabled() and threads > 1
+        if alone:
+            faiss.omp_set_num_threads(1)
+        try:
+            self.index.add(values)
+        finally:
+            if alone:
+                faiss.omp_set_num_threads(threads)
 
     def fill(self, values: Tensor) -> None:
         """Empty it, keep what it learned, and add these."""
@@ -279,7 +300,7 @@ class Structure:
         """Give up these rows, which `of` already calls empty."""
         self.host()
         if self.family == "lists":
-            if isinstance(self.core.invlists, faiss.BlockInvertedLists):
+            if isinstance(self.lists, faiss.BlockInvertedLists):
                 self.core.set_direct_map_type(faiss.DirectMap.NoMap)
             mapped = self.core.direct_map.type == faiss.DirectMap.Hashtable
             self.index.remove_ids(faiss.IDSelectorArray(rows) if mapped else faiss.IDSelectorBatch(rows))
@@ -348,7 +369,7 @@ class Structure:
         """What it learned, apart from what it holds by row: the first never changes, and the second changes where a row does."""
         self.host()
         state: dict[str, Any] = {"trained": self.trained, "digest": _digest(self.trained)}
-        if self.family == "lists" and isinstance(self.core.invlists, faiss.ArrayInvertedLists):
+        if isinstance(self.lists, faiss.ArrayInvertedLists):
             return {**state, **self._lists()}
         if self.family == "graph":
             hnsw = self.core.hnsw
@@ -363,8 +384,8 @@ class Structure:
     def _lists(self) -> dict[str, Tensor]:
         core = self.core
         lists = [
-            (faiss.rev_swig_ptr(core.invlists.get_ids(i), size), faiss.rev_swig_ptr(core.invlists.get_codes(i), size * core.code_size))
-            if (size := core.invlists.list_size(i))
+            (faiss.rev_swig_ptr(self.lists.get_ids(i), size), faiss.rev_swig_ptr(self.lists.get_codes(i), size * core.code_size))
+            if (size := self.lists.list_size(i))
             else (np.empty(0, np.int64), np.empty(0, np.uint8))
             for i in range(core.nlist)
         ]
@@ -375,14 +396,14 @@ class Structure:
         sizes = np.array([len(rows) for rows, _ in lists], np.int32)
         return {"codes": torch.from_numpy(codes), "order": torch.from_numpy(order.astype(np.int32)), "sizes": torch.from_numpy(sizes)}
 
-    def restore(self, state: Mapping[str, Any], rows: int) -> None:
+    def restore(self, state: Mapping[str, Any], rows: int, held: int) -> None:
         """What `state` gave; it is checked before FAISS sees it, which trusts what it reads."""
         blob = state["whole" if "whole" in state else "trained"]
         _demand(_digest(blob) == state["digest"], "what FAISS stored of it does not have its checksum")
         self.trained = state["trained"].cpu().clone()
         self._adopt(faiss.deserialize_index(blob.cpu().numpy()))
         if "whole" in state:
-            _demand(self.index.ntotal == rows, f"it holds {self.index.ntotal} vectors in the place of {rows}")
+            _demand(self.index.ntotal == held, f"it holds {self.index.ntotal} vectors in the place of {held}")
             return
         codes = state["codes"].cpu().contiguous().numpy()
         if self.family == "lists":
@@ -394,7 +415,7 @@ class Structure:
             for i in np.flatnonzero(sizes):
                 part = order[start : start + sizes[i]]
                 stored = np.ascontiguousarray(codes[part])
-                self.core.invlists.add_entries(int(i), len(part), faiss.swig_ptr(part), faiss.swig_ptr(stored))
+                self.lists.add_entries(int(i), len(part), faiss.swig_ptr(part), faiss.swig_ptr(stored))
                 start += sizes[i]
             self.index.ntotal = self.core.ntotal = len(order)
             return
@@ -423,8 +444,8 @@ class Structure:
         """What `state` holds, in bytes."""
         self.host()
         size = self.trained.numel()
-        if self.family == "lists" and isinstance(self.core.invlists, faiss.ArrayInvertedLists):
-            rows = max((int(faiss.rev_swig_ptr(self.core.invlists.get_ids(i), n).max()) + 1 for i, n in self._list_sizes() if n), default=0)
+        if isinstance(self.lists, faiss.ArrayInvertedLists):
+            rows = max((int(faiss.rev_swig_ptr(self.lists.get_ids(i), n).max()) + 1 for i, n in self._list_sizes() if n), default=0)
             return size + rows * self.core.code_size + 4 * (self.core.ntotal + self.core.nlist)
         if self.family == "graph":
             hnsw = self.core.hnsw
@@ -434,7 +455,7 @@ class Structure:
         return size + len(_serialized(self.index))
 
     def _list_sizes(self) -> Iterator[tuple[int, int]]:
-        return ((i, self.core.invlists.list_size(i)) for i in range(self.core.nlist))
+        return ((i, self.lists.list_size(i)) for i in range(self.core.nlist))
 
 
 class Index:
@@ -465,6 +486,7 @@ class Index:
         self.dim, self.metric, self.float16, self.log, self.width = dim, metric, float16, log, width
         self.kind = kind if kind == "auto" else _plain(kind)
         self.asked = str(device)
+        self.adaptive = kind == "auto" and self.asked != "all"
         self.device: torch.device | None = None  # until the first vectors come
         self.rows = Rows()
         self.flat: Vectors | None = None  # what is not in `built`
@@ -478,8 +500,7 @@ class Index:
         self.sized = 0  # vectors held when `auto` built what it has
         self.queries = 0  # searched since the last change of kind, in queries of a batch
         self.later = AUTO_VECTORS  # how many vectors must be held for an index to be tried
-        self._mirror: Tensor | None = None  # `rows.of` on a GPU, right up to row `_mirrored`
-        self._mirrored = 0
+        self._mirror: Tensor | None = None  # `rows.of` on a GPU, right up to row `rows.same`
         if self.kind not in ("auto", "Flat"):
             Structure(self.kind, dim, metric)  # a string that FAISS does not know is refused now, not when the first vector comes
         if self.asked != "auto":
@@ -553,8 +574,8 @@ class Index:
             shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
             raise DataError(f"vectors of shape {shape} do not fit an index of {self.dim} dimensions: (vectors, {self.dim})")
         values = vectors.detach()
-        if values.dtype != torch.float32 or values.device != self.device:
-            values = values.to(self.device, torch.float32)
+        if values.dtype != torch.float32 or (values.device != self.device and self.device is not None):
+            values = values.to(self.device or values.device, torch.float32)
         values = values.contiguous()
         if values.device.type == "cpu":
             line = values.numpy().reshape(-1)
@@ -631,7 +652,8 @@ class Index:
         truth = self._truth(self.flat.parts(SAMPLED), self._of_flat)
         few = np.arange(min(len(flat), SAMPLED))
         self.lossy = not torch.allclose(self.built.vectors(few), flat[: len(few)].cpu(), rtol=1e-3, atol=1e-5)
-        self._tune(self.built, self.built.widest)
+        if self.built.widest:
+            self._tune(self.built, self.built.widest)
         self.recall, self.measured = self._found(self.built, *truth, self._of_flat), self.rows.held
         self.flat = None
         self._explain()
@@ -668,13 +690,15 @@ class Index:
         if self.flat is not None:
             holes, movers = self.rows.close(rows)
             self.flat.drop(self._on_device(holes), self._on_device(movers), self.rows.count)
-            self._mirrored = min(self._mirrored, int(rows.min()))
             return
         assert self.built is not None
         family = self.built.family
         self.rows.leave(rows, reuse=family == "lists")
         if not self.rows.held:
             self._start_over()
+            return
+        if self.rows.held < self.built.least:
+            self._lay_down()
             return
         self.built.forget(rows, self.rows.of)
         if family in ("packed", "rigid"):
@@ -686,15 +710,29 @@ class Index:
         assert self.built is not None
         self.rows = Rows()
         self.tuned = 0
-        if self.kind == "auto":
+        if self.adaptive:
             self._to_flat("it was emptied")
+        elif self.built.least:
+            self._lay_down()
         else:
             self.built.fill(torch.empty(0, self.dim))
+
+    def _lay_down(self) -> None:
+        """Flat again, until there is enough for what was asked."""
+        assert self.built is not None and self.device is not None
+        kept = self.rows.live()
+        vectors = self.built.vectors(kept) if len(kept) else torch.empty(0, self.dim)
+        self.built.fill(torch.empty(0, self.dim))
+        self._lay_flat()
+        assert self.flat is not None
+        self.flat.append(vectors.to(self.device))
+        self.rows.fill(self.rows.of[kept])
+        self.tuned, self.recall = 0, None
 
     def _rebuild(self) -> None:
         """A graph without the nodes that were removed; `auto` earns a new one first."""
         assert self.built is not None
-        if self.kind == "auto":
+        if self.adaptive:
             self._to_flat("a third of its graph was removed")
             return
         kept = self.rows.live()
@@ -706,27 +744,29 @@ class Index:
     def search(self, queries: Tensor, k: int, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not isinstance(k, int) or k < 1:
             raise DataError(f"a search for {k} neighbours finds none: k is a whole number from 1")
-        if self.device is None and isinstance(queries, Tensor):
-            self._settle(queries.device)
         asked = self._checked(queries)
         chosen = None if where is None else self._chosen(where)
-        if not len(asked) or not self.rows.held or (chosen is not None and not len(chosen)):
-            worst = float("inf") if self.metric == "l2" else float("-inf")
-            return asked.new_full((len(asked), k), worst).to(queries.device), torch.full((len(asked), k), -1, device=queries.device)
-        self._ready(len(asked))
-        if self.flat is not None:
-            rows = None if chosen is None else self._on_device(chosen)
-            distances, found = nearest(self.flat, asked, k, self.metric, engine_for(asked.device, self.flat.buffer.dtype), rows)
+        there = self.rows.held if chosen is None else len(chosen)
+        most = min(k, there)
+        if most and len(asked):
+            self._ready(len(asked))
+            if self.flat is not None:
+                rows = None if chosen is None else self._on_device(chosen)
+                distances, found = nearest(self.flat, asked, most, self.metric, engine_for(asked.device, self.flat.buffer.dtype), rows)
+            else:
+                distances, found = self._search_built(asked, most, chosen)
+            ids = self._ids_of(found)
         else:
-            distances, found = self._search_built(asked, k, chosen)
-        ids = self._ids_of(found)
+            distances, ids = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64, device=asked.device)
+        if most < k:
+            distances = pad(distances, (0, k - most), value=float("inf") if self.metric == "l2" else float("-inf"))
+            ids = pad(ids, (0, k - most), value=-1)
         return (distances, ids) if queries.device == ids.device else (distances.to(queries.device), ids.to(queries.device))
 
     def _search_built(self, asked: Tensor, k: int, chosen: np.ndarray | None) -> tuple[Tensor, Tensor]:
         built = self.built
         assert built is not None
-        there = self.rows.held if chosen is None else len(chosen)
-        if chosen is not None and (there * 8 < self.rows.held or built.family not in ("lists", "graph")):
+        if chosen is not None and (len(chosen) * 8 < self.rows.held or built.family not in ("lists", "graph")):
             return self._exact(asked, k, chosen)  # a search that meets few of them on its way would miss the most
         dead = built.family == "graph" and self.rows.held < self.rows.count
         try:
@@ -735,11 +775,9 @@ class Index:
             if chosen is None:
                 raise
             return self._exact(asked, k, chosen)  # IVF of additive quantizers selects nothing
-        short = (found[:, min(k, there) - 1] < 0).nonzero().squeeze(1)
+        short = (found[:, -1] < 0).nonzero().squeeze(1)
         if len(short):  # the lists or nodes that were visited held fewer than k
             distances[short], found[short] = self._exact(asked[short], k, self.rows.live() if chosen is None else chosen)
-        if k > there:
-            distances[found < 0] = float("inf") if self.metric == "l2" else float("-inf")
         return distances, found
 
     def _exact(self, asked: Tensor, k: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -771,23 +809,27 @@ class Index:
         return torch.from_numpy(rows).to(self.device)
 
     def _ids_of(self, found: Tensor) -> Tensor:
-        if found.device.type == "cpu":
-            return torch.from_numpy(self.rows.of[found.numpy()])
+        return torch.from_numpy(self.rows.of[found.numpy()]) if found.device.type == "cpu" else self._mirrored(found)
+
+    def _mirrored(self, found: Tensor) -> Tensor:
+        """The ids of these rows without a copy to the host."""
         count = self.rows.count
         if self._mirror is None or len(self._mirror) < count:
-            self._mirror, self._mirrored = torch.empty(count * 3 // 2, dtype=torch.int64, device=found.device), 0
-        if self._mirrored < count:
-            self._mirror[self._mirrored : count] = torch.from_numpy(self.rows.of[self._mirrored : count])
-            self._mirrored = count
+            self._mirror = torch.empty(count * 3 // 2, dtype=torch.int64, device=found.device)
+            self.rows.same = 0
+        if self.rows.same < count:
+            self._mirror[self.rows.same : count] = torch.from_numpy(self.rows.of[self.rows.same : count])
+        self.rows.same = count
         return torch.where(found < 0, found, self._mirror[found.clamp(min=0)])
 
     def range_search(self, queries: Tensor, radius: float) -> tuple[Tensor, Tensor, Tensor]:
         """The nearest of each query first. An IVF index looks in the lists that a search visits; all others search exactly."""
         if radius != radius:
             raise DataError("the radius is NaN: a number")
-        if self.device is None and isinstance(queries, Tensor):
-            self._settle(queries.device)
         asked = self._checked(queries)
+        if not self.rows.held or not len(asked):
+            nothing = torch.zeros(len(asked) + 1, dtype=torch.int64, device=queries.device)
+            return nothing, asked.new_empty(0).to(queries.device), nothing[:0]
         if self.flat is not None:
             limits, distances, found = within(self.flat.parts(len(asked)), asked, radius, self.metric)
         else:
@@ -800,7 +842,7 @@ class Index:
         self._ready(len(asked))
         asked = asked.cpu()
         built.host()
-        if built.family == "lists" and len(asked):
+        if built.family == "lists":
             try:
                 limits, distances, rows = built.index.range_search(asked.numpy(), radius)
                 query = np.repeat(np.arange(len(asked)), limits[1:].astype(np.int64) - limits[:-1].astype(np.int64))
@@ -838,12 +880,12 @@ class Index:
         """Before a search: become what pays, and search as far as needed. What nobody searches costs nothing but its place."""
         if self.flat is None:
             assert self.built is not None
-            if self.kind == "auto" and self.built.family == "lists" and self.rows.held >= 4 * self.sized:
+            if self.adaptive and self.built.family == "lists" and self.rows.held >= 4 * self.sized:
                 self._to_flat("it grew fourfold")
                 self._build()
-            elif self.rows.held >= 2 * self.tuned:
-                self._tune(self.built, self._widest(self.built) if self.kind == "auto" else self.built.widest)
-        elif self.kind == "auto" and self.built is None and self.device is not None and self.device.type == "cpu":
+            elif self.built.widest and self.rows.held >= 2 * self.tuned:
+                self._tune(self.built, self._widest(self.built) if self.adaptive else self.built.widest)
+        elif self.adaptive and self.device is not None and self.device.type == "cpu":
             self.queries += queries if queries >= FEW else ONE_BY_ONE * queries
             if self.rows.held >= self.later and self.queries >= AUTO_QUERIES:
                 self._build()
@@ -874,16 +916,10 @@ class Index:
         return max(16, self.rows.held // 256) if built.family == "graph" else max(1, built.core.nlist // 16)
 
     def _to_flat(self, reason: str) -> None:
-        assert self.built is not None and self.device is not None
-        kept = self.rows.live()
-        vectors = self.built.vectors(kept) if len(kept) else torch.empty(0, self.dim)
-        left, self.built = self.built.kind, None
-        self._lay_flat()
-        assert self.flat is not None
-        self.flat.append(vectors.to(self.device))
-        self.rows.fill(self.rows.of[kept])
-        self.queries = self.tuned = self.sized = 0
-        self.later, self.recall = AUTO_VECTORS, None
+        assert self.built is not None
+        left = self.built.kind
+        self._lay_down()
+        self.built, self.queries, self.sized, self.later = None, 0, 0, AUTO_VECTORS
         self._explain()
         self._say(f"exact search in the place of {left}: {reason}")
 
@@ -891,19 +927,16 @@ class Index:
         """The smallest width that finds enough of what exact search finds among what is stored; the share that it finds."""
         self.tuned = self.rows.held
         mapped = built.family == "lists" and built.core.direct_map.type != faiss.DirectMap.NoMap
-        live = self.rows.live()
-        truth = self._truth(self._parts(live, built), lambda rows: built.vectors(rows.numpy()))
-        share = 0.0
-        if self.width is not None and built.widest:
-            built.widen(self.width)
-        elif built.widest:
-            width = 16 if isinstance(built.wide, faiss.IndexHNSW) else 1
+
+        def stored(rows: Tensor) -> Tensor:
+            return built.vectors(rows.numpy())
+
+        truth = self._truth(self._parts(self.rows.live(), built), stored)
+        width = self.width or (16 if isinstance(built.wide, faiss.IndexHNSW) else 1)
+        built.widen(width)
+        while (share := self._found(built, *truth, stored)) < RECALL and width < most and self.width is None:
+            width = min(2 * width, most)
             built.widen(width)
-            while (share := self._found(built, *truth, lambda rows: built.vectors(rows.numpy()))) < RECALL and width < most:
-                width = min(2 * width, most)
-                built.widen(width)
-        if self.width is not None or not built.widest:
-            share = self._found(built, *truth, lambda rows: built.vectors(rows.numpy()))
         if built.family == "lists" and not mapped:
             built.core.set_direct_map_type(faiss.DirectMap.NoMap)  # it costs 40 bytes for each vector
         if not self.lossy:
@@ -929,7 +962,7 @@ class Index:
         slack = 1e-5 * bar.abs()
         near = distances <= bar + slack if self.metric == "l2" else distances >= bar - slack
         there = min(NEIGHBOURS, self.rows.held - 1)
-        return float(near.sum(dim=1).clamp(max=there).float().mean()) / there
+        return round(int(near.sum(dim=1).clamp(max=there).sum()) / (len(near) * there), 4)
 
     def _distances(self, asked: Tensor, own: Tensor, found: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
         """Distances to the rows that were found, one by one; the vector itself and what is missing are the farthest."""
@@ -1066,7 +1099,7 @@ class Index:
             if self.exact_only or self.device.type != "cpu":
                 place = None
             self.built = Structure(saved["kind"], self.dim, self.metric, place, self.float16)
-            self.built.restore(saved, len(of))
+            self.built.restore(saved, len(of), len(live))
             if saved["width"]:
                 self.built.widen(int(saved["width"]))
             self.flat = None
@@ -1078,6 +1111,8 @@ class Index:
         else:
             _demand(not len(of), "its vectors are missing")
         self.rows.fill(of)
+        if self.flat is None and self.built is not None and self.built.family == "lists":
+            self.rows.free = np.flatnonzero(of == -1)
         for name in PROGRESS:
             setattr(self, name, state[name])
 
@@ -1187,17 +1222,17 @@ def made(kind: str, dim: int, metric: Metric) -> Any:
 
 
 def points_to_train(part: Any, dim: int) -> int:
-    """How many vectors it asks for: FAISS's 39 for each centroid, as many as dimensions for a rotation. 0: it needs none."""
+    """How many vectors it asks for: FAISS's 39 for each centroid, ten for each dimension of a rotation. 0: it needs none."""
     index: Any = faiss.downcast_index(part)
     if isinstance(index, faiss.IndexNSG):
         return 1000  # its graph is made of the neighbours of each, which must be there
     if index.is_trained:
         return 0
-    needed = [1]
+    needed = []
     if isinstance(index, faiss.IndexPreTransform):
         chain = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
         untrained = [step for step in chain if not step.is_trained]
-        needed += [max(dim, 256 * POINTS if isinstance(step, faiss.OPQMatrix) else 0) for step in untrained]
+        needed += [max(10 * dim, 256 * POINTS if isinstance(step, faiss.OPQMatrix) else 0) for step in untrained]
     if isinstance(index, faiss.IndexIVF):
         quantizer: Any = faiss.downcast_index(index.quantizer)
         multi = isinstance(quantizer, faiss.MultiIndexQuantizer)
@@ -1208,9 +1243,9 @@ def points_to_train(part: Any, dim: int) -> int:
     for name in ("pq", "rq", "lsq", "prq", "plsq", "aq", "sq"):
         coder = getattr(index, name, None)
         if coder is not None:
-            bits = faiss.vector_to_array(coder.nbits).max(initial=0) if name not in ("pq", "sq") else coder.nbits if name == "pq" else 0
+            bits = 8 if name == "sq" else coder.nbits if name == "pq" else faiss.vector_to_array(coder.nbits).max(initial=0)
             needed.append(POINTS * 2 ** int(bits))
-    return max(needed)
+    return max(needed, default=1000)
 
 
 def _removes(index: Any) -> bool:
@@ -1223,7 +1258,8 @@ def _removes(index: Any) -> bool:
 
 def _reason(error: Exception) -> str:
     """What FAISS says without the place in its source."""
-    return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+    text = re.sub(r"^Error in .* at \S+:\d+: (Error: '.*' failed: ?)?", "", str(error).strip())
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _ids(ids: Tensor) -> np.ndarray:

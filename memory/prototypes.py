@@ -40,7 +40,7 @@ Covariance = Literal["none", "diagonal", "full", "shared"]
 
 PIECE = 2**22  # numbers of a large batch that are worked on at a time, in float64
 TABLE = 2**21  # distances that are worked out at a time
-FEW = 16  # neighbours whose distances are worked out from differences
+FEW = 16  # of the nearest, whose distances are worked out from differences: a product loses the small ones
 LLOYD = 10  # rounds
 NO_SPREAD = "mahalanobis distance needs a class with two samples that differ, and there is none yet"
 
@@ -125,34 +125,40 @@ class Prototypes:
                 for i in lacking:
                     self._seed(known[i], x[member == i])
                 rows, member = self._nearest_of_class(x, known, member).unique(return_inverse=True)
+                if lacking:  # where a new one stood was only for choosing: its mean is that of those who chose it
+                    self._table()[self._counts == 0] = 0
             self._absorb(x, _Groups(rows, member, member.bincount(minlength=len(rows))))
             if lacking and self.per_class > 1:
                 self._drop_empty()
 
     def _absorb(self, x: Tensor, groups: _Groups) -> None:
         means, centred = self._within(x, groups)
-        step, before = self._move(groups.rows, means, groups.sizes)
-        self._scatter(centred, step, groups, 1.0)
+        way, before = self._move(groups.rows, means, groups.sizes)
+        self._scatter(centred, way, groups, 1.0)
         self._freedom += int(groups.sizes.sum()) - int((before == 0).sum())
 
     def _within(self, x: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
-        """The mean of each group, and the samples less that of theirs (only where a covariance is kept)."""
+        """The mean of each group, and that of each sample less the sample (only where a covariance is kept: it goes by the squares)."""
         means = x.new_zeros(len(groups.sizes), x.shape[1]).index_add_(0, groups.member, x).div_(groups.sizes[:, None])
-        return means, x if self.covariance == "none" else x - means[groups.member]
+        return means, x[:0] if self.covariance == "none" else means[groups.member].sub_(x)
 
     def _move(self, rows: Tensor, means: Tensor, coming: Tensor) -> tuple[Tensor, Tensor]:
         """Let samples with these means join the rows: each way, weighted so that its square is what the scatter grows by; the counts."""
         before = self._counts[rows]
         n, m = before.double()[:, None], coming.double()[:, None]
-        way = means - self._table()[rows]
-        self._table()[rows] = torch.where(n > 0, self._table()[rows] + way * (m / (n + m)), means)
+        way = means.sub_(self._table()[rows])  # in place, here and below: of these temporaries the time of an update is made
+        if self.covariance == "none":
+            self._table().index_add_(0, rows, way.mul_(m / (n + m)))
+        else:
+            self._table().index_add_(0, rows, way * (m / (n + m)))
+            way.mul_((n * m / (n + m)).sqrt_())
         self._counts[rows] = before + coming
-        return way * (n * m / (n + m)).sqrt(), before
+        return way, before
 
     def _scatter(self, centred: Tensor, way: Tensor, groups: _Groups, times: float) -> None:
         """Add the squares of the centred samples, and of one row for each group that stands for the way of its mean."""
         if self.covariance == "diagonal":
-            squares = way.square().index_add_(0, groups.member, centred.square())
+            squares = way.square_().index_add_(0, groups.member, centred.square_())
             self._table("scatter").index_add_(0, groups.rows, squares, alpha=times)
         elif self.covariance == "shared":
             self._scatters[0].add(torch.cat([centred, way]), times)
@@ -499,8 +505,8 @@ class Prototypes:
                 part = slice(start, start + step)
                 white = torch.bmm(x[None] - means[part, None], made[part].mT)  # (classes, batch, dim)
                 table[:, part] = torch.linalg.vector_norm(white, dim=-1).T
-            parts.append(table.topk(k, largest=False))
-        return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+            parts.append(_smallest(table, k))
+        return torch.cat([values for values, _ in parts]), torch.cat([rows for _, rows in parts])
 
     def _whitened(self, shrinkage: tuple[float, float], correlation: bool) -> Any:
         """shared: the middle, a matrix W with W'W the inverse, and the whitened prototypes; diagonal: the middle, prototypes and inverse
@@ -699,15 +705,13 @@ def _closest(queries: Tensor, ready: _Points, k: int, zero: Tensor | None = None
         found = faiss.knn(queries.numpy(), points.numpy(), k)
         values, rows = torch.from_numpy(found[0]).div_(2), torch.from_numpy(found[1])
     else:
-        tables = [
-            torch.addmm(halves, part, points.T, alpha=-1).topk(k, largest=False) for part in queries.split(max(1, TABLE // len(points)))
-        ]
-        rows = torch.cat([table.indices for table in tables])
-        values = torch.cat([table.values for table in tables]) + queries.square().sum(dim=1, keepdim=True) / 2
-    if k <= FEW:
-        values = _from_differences(queries, points, rows) / 2
-        if flat is not None:
-            values += flat[rows] / 2
+        tables = [_smallest(torch.addmm(halves, part, points.T, alpha=-1), k) for part in queries.split(max(1, TABLE // len(points)))]
+        rows = torch.cat([rows for _, rows in tables])
+        values = torch.cat([values for values, _ in tables]) + queries.square().sum(dim=1, keepdim=True) / 2
+    few = rows[:, :FEW]
+    values[:, :FEW] = _from_differences(queries, points, few) / 2
+    if flat is not None:
+        values[:, :FEW] += flat[few] / 2
     if zero is not None:
         values += zero[:, None] / 2
     return _sorted(values.clamp_(min=0), rows)
@@ -720,12 +724,11 @@ def _closest_scaled(queries: Tensor, ready: tuple[Tensor, Tensor, Tensor], k: in
     scaled = points * scale
     lengths = (scaled * points).sum(dim=1)
     tables = [
-        torch.addmm(lengths, x, scaled.T, alpha=-2).addmm_(x.square(), scale.T).topk(k, largest=False)
+        _smallest(torch.addmm(lengths, x, scaled.T, alpha=-2).addmm_(x.square(), scale.T), k)
         for x in queries.split(max(1, TABLE // len(points)))
     ]
-    rows, values = torch.cat([table.indices for table in tables]), torch.cat([table.values for table in tables])
-    if k <= FEW:
-        values = _from_differences(queries, points, rows, scale)
+    rows, values = torch.cat([rows for _, rows in tables]), torch.cat([values for values, _ in tables])
+    values[:, :FEW] = _from_differences(queries, points, rows[:, :FEW], scale)
     distances, rows = _sorted(values.clamp_(min=0), rows)
     return distances.sqrt_().to(dtype), rows
 
@@ -740,6 +743,14 @@ def _from_differences(queries: Tensor, points: Tensor, rows: Tensor, scale: Tens
     return torch.cat(parts)
 
 
+def _smallest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k == 1:
+        values, rows = table.min(dim=1, keepdim=True)
+    else:
+        values, rows = table.topk(k, largest=False)
+    return values, rows
+
+
 def _sorted(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     if values.shape[1] == 1:
         return values, rows
@@ -748,7 +759,7 @@ def _sorted(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _suits_faiss(queries: Tensor) -> bool:
-    """Where FAISS was measured to be faster than a matrix product and the smallest of it: few queries, or many and long ones."""
+    """Where FAISS was measured to be faster than a product of matrices: a few queries, and as many as it makes products of itself."""
     if queries.device.type != "cpu" or queries.dtype != torch.float32:
         return False
-    return 1 <= len(queries) <= 4 or (len(queries) >= 256 and queries.shape[1] >= 256)
+    return 1 <= len(queries) <= 4 or queries.numel() >= 2**17

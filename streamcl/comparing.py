@@ -290,7 +290,7 @@ def figure_rows(found: Sequence[Group], columns: Sequence[Column]) -> tuple[list
     unit = " in %" if all(scale.percent for scale in scales.values()) else ""
     notes = [f"{' and '.join(metrics)}{unit}; forgetting{' in points' if unit else ''}; memory and seconds are means"]
     if any(len(group.seeds()) > 1 for group in found):
-        notes.append("several seeds: mean ± standard deviation; from three on [95 % confidence interval of the mean, Student's t]")
+        notes.append("several seeds: mean ± standard deviation [from three on, 95 % confidence interval by Student's t]")
     return rows, notes
 
 

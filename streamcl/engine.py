@@ -548,7 +548,7 @@ class Engine:
         """An error as the person is told it: with where the run stopped, and how it goes on."""
         if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
             error = disk_error(error, Path(error.filename or (self.folder.path if self.folder else "")))
-        stand = f"{self._where()}{self._how_on()}"
+        stand = f"{self._where()}{self._how_on(error)}"
         if not isinstance(error, StreamclError):
             return _from_plugin(error, stand)
         error.args = (f"{error} {stand}",)
@@ -558,12 +558,13 @@ class Engine:
         task = self.context.task
         return f"(task {task.index + 1}, {task.name}, step {self.context.steps})" if task else "(between tasks)"
 
-    def _how_on(self) -> str:
+    def _how_on(self, error: Exception) -> str:
         """How a run that failed goes on, as the end of a message."""
         if self.folder is None or self.revocable:
             return ""
         saved = "there is no checkpoint yet" if self.last_path is None else f"the last good checkpoint is {self.last_path}"
-        return f"; {saved}; after the fix: streamcl resume {self.folder.path}"
+        where = f" in {self.folder.path / 'config.yaml'}" if isinstance(error, ConfigError) else ""
+        return f"; {saved}; after the fix{where}: streamcl resume {self.folder.path}"
 
     def _stop_message(self, what: str) -> str:
         return f"{what} {self._where()}; go on with: streamcl resume {self.folder.path}" if self.folder else f"{what} {self._where()}"

@@ -364,17 +364,29 @@ def advice_without(run: Path, file: str, learned: int) -> str | None:
 
 def known_as(folder: RunFolder, new: Feed) -> tuple[str, bool]:
     """What the run knows this data as already, by its content or, where it has no files, by its source, and whether that is all of it."""
-    prints, earlier = fingerprints(_built(new, "data").files()), read_feeds(folder.path)
-    held = {file["sha256"]: path for path, file in folder.files().items() if not file.get("plugin")}
-    again = [held[file["sha256"]] for file in prints.values() if file["sha256"] in held]
-    for feed in earlier:
-        same = feed.data == new.data if not prints else any(path in feed.files["data"] for path in again)
-        if same or any(path in feed.files.get("test", ()) for path in again):
-            return f"{'' if same else 'the test data of '}task {feed.index + 1} ({feed.name})", len(again) == len(prints)
+    prints, record = fingerprints(_built(new, "data").files()), folder.files()
     first = config.load(folder.path / "config.yaml").scenario.options.get("data")
-    if again or (not prints and isinstance(first, PluginSpec) and first.to_dict() == new.data):
-        return "what it began with", len(again) == len(prints)
+    known: list[tuple[str, Any, Sequence[str]]] = []  # as what, its source, its files
+    for feed in read_feeds(folder.path):
+        task = f"task {feed.index + 1} ({feed.name})"
+        known += [(task, feed.data, feed.files["data"]), (f"the test data of {task}", feed.test, feed.files.get("test", []))]
+    if isinstance(first, PluginSpec):
+        known.append(("what it began with", first.to_dict(), first.build().files()))
+    for what, source, files in known:
+        held = {record[path]["sha256"]: path for path in map(_absolute, files) if path in record}
+        again = [
+            # several data sets may lie in one folder: there, the source tells them apart
+            held.get(file["sha256"]) is not None and (source == new.data or "files" not in file or held[file["sha256"]] != path)
+            for path, file in prints.items()
+        ]
+        if any(again) or (not prints and source == new.data):
+            return what, all(again)
     return "", False
+
+
+def _absolute(path: str) -> str:
+    """As files.json names it."""
+    return str(Path(path).absolute())
 
 
 def feed(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamcl.checkpoint import Checkpoints
+from streamcl.checkpoint import Checkpoints, tree_bytes
 from streamcl.config import RunConfig
 from streamcl.errors import DataError, RunError, StreamclError
 from streamcl.learned import Learned
@@ -110,7 +110,7 @@ def _not_covered(learned: Learned, exact: list[str], known: int | None, read: in
     statistics = {"prototypes": _has(memory.prototypes), "analytic": _has(memory.analytic)}
     for name in (name for name, there in statistics.items() if there and (name not in exact or unread)):
         left.append(f"{name}: statistics that these samples went into, which {type(learned.strategy).__name__} cannot take them out of")
-    kept = [name for name, value in learned.strategy.state().items() if isinstance(value, torch.Tensor | dict | list) and name not in exact]
+    kept = [name for name, value in learned.strategy.state().items() if tree_bytes(value) and name not in exact]
     if kept:
         left.append(f"what the strategy keeps beside the memory, if it was computed from them: {', '.join(kept)}")
     if any(parameter.requires_grad for parameter in learned.model.parameters()):
@@ -162,7 +162,7 @@ def shown(receipt: dict[str, Any]) -> str:
     )
     removed = ", ".join(f"{count} from {part}" for part, count in receipt["removed"].items()) or "none was held"
     lines = [
-        f"{receipt['ids']} samples: {learned}",
+        f"{receipt['ids']} sample{'s' * (receipt['ids'] != 1)}: {learned}",
         f"  removed     {removed}",
         f"  recomputed  {', '.join(receipt['recomputed']) or 'nothing'}",
         f"  checkpoints {len(receipt['checkpoints']['removed'])} removed, {len(receipt['checkpoints']['written'])} written without them",

@@ -563,9 +563,9 @@ class _Found:
             count = f"{len(group.runs)}{'' if len(group.runs) == len(names) else f' of {len(names)}'}"
             rows.append([*([str(place) if group.runs else ""] if self.ranked else []), group.label, count])
         if self.ranked:
-            meaning.append(f"ranked by the {words} on validation, the mean over seeds; the other columns are of the test sets")
+            meaning.append(f"ranked by the mean {words} on validation; the other columns are of the test sets")
         elif len(found) > 1:
-            meaning.append("not ranked: nothing is held out to rank on, and a test set is not for choosing; set scenario.validation=0.1")
+            meaning.append("not ranked: nothing is held out to rank on, as scenario.validation=0.1 would")
         return [[*start, *row] for start, row in zip(rows, figures, strict=True)], [*meaning, *notes]
 
     def _outdated(self) -> dict[str, list[str]]:

@@ -218,12 +218,13 @@ def test_a_plugin_that_raises_fails_the_run_and_after_the_fix_it_goes_on(streamc
     assert whole.pop("resume")["kind"] == "bitwise" and comparable(resumed) == comparable(whole)
 
 
-@pytest.mark.parametrize("error", ["KeyError('key')", "DataError('no such thing')", "TrainingError('it diverged')"])
+@pytest.mark.parametrize("error", ["KeyError('key')", "DataError('no such thing')", "ConfigError('wrong')", "TrainingError('it diverged')"])
 def test_a_run_that_fails_at_once_says_how_to_go_on_and_does(error: str, streamcl: Callable[..., Answer], tmp_path: Path) -> None:
     text = f"from streamcl.errors import *\nfrom streamcl.strategy import Strategy\n{MINE}"
     (tmp_path / "mine.py").write_text(text.replace("ratio =", f"raise {error}\n        ratio ="))
     code, _, err = streamcl("run", "config.yaml", "strategy=mine.py:Mine", "--out", "run")
-    stand = rf"\(task 1, classes \d, \d, step 0\); there is no checkpoint yet; after the fix: streamcl resume {tmp_path}/run\n"
+    place = f" in {tmp_path}/run/config.yaml" if "Config" in error else ""
+    stand = rf"\(task 1, classes \d, \d, step 0\); there is no checkpoint yet; after the fix{place}: streamcl resume {tmp_path}/run\n"
     assert code and re.search(stand, err)
     assert json.loads((tmp_path / "run/status.json").read_text())["error"] in err
     (tmp_path / "mine.py").write_text("from streamcl.strategy import GradientStrategy\n\nclass Mine(GradientStrategy): ...\n")

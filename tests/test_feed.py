@@ -438,6 +438,20 @@ def test_data_that_the_run_has_already_is_refused_unless_again_is_given(
     assert "warning: copy has no test part: nothing is scored of it" in said
 
 
+def test_data_sets_that_lie_in_one_folder_are_told_apart_by_their_source(tmp_path: Path, finished: Any) -> None:
+    (tmp_path / "own.py").write_text(
+        OWN_SOURCE.replace("    def load", f"    def files(self):\n        return [{str(tmp_path / 'store')!r}]\n\n    def load")
+    )
+    (tmp_path / "store").mkdir()
+    images(tmp_path / "store/all.npz", 1)
+    run = finished("gacil", tmp_path / "run")
+    one, other = (json.dumps({"name": f"{tmp_path}/own.py:Own", "wrong": wrong}) for wrong in ("nothing", "nothing else"))
+    feeding.feed(run, one)
+    assert len(feeding.feed(run, other)["tasks"]) == 7
+    with pytest.raises(RunError, match=r"in the run already, as task 6"):
+        feeding.feed(run, one)
+
+
 def test_validation_and_single_pass_streams_go_on_as_they_began(tmp_path: Path) -> None:
     run = table_run(tmp_path, strategy="gacil", validation=0.2, online=True)
     scores = feeding.feed(run, write_rows(tmp_path / "more.csv", rows(50, 6.0, "low", "new")), holdout=0.2)

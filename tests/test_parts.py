@@ -75,7 +75,7 @@ def test_what_did_not_change_is_not_written_again(tmp_path: Path, monkeypatch: p
     assert loaded["memory"]["n"] == 2 and loaded["memory"]["none"] is None and loaded["model"]["w"].tolist() == [2.0] * 3
     for step in (3, 4, 5):
         checkpoints.save(state(step))
-    assert len(list((tmp_path / "parts").iterdir())) == len(list((tmp_path / "copies").iterdir())) == 16 + 1 + 2 * 2
+    assert len(list((tmp_path / "parts").iterdir())) == len(list((tmp_path / "copies").iterdir())) == 15 + 1 + 2 * 2
     # 15 blocks that are shared, and of each of two checkpoints one block and the index; what is small is the same in both
 
 

@@ -87,7 +87,7 @@ class ClassBalanced(SelectionPolicy):
         return slot
 
     def _tabulate(self, groups: Integers) -> None:
-        order, starts, counts = runs(groups)
+        order, starts, _ = runs(groups)
         parts = np.split(order, starts[1:])
         self.members = {int(groups[part[0]]): part.tolist() for part in parts if len(part)}
         self.sizes = Sizes({label: len(members) for label, members in self.members.items()})

@@ -1,8 +1,8 @@
 """Herding: the samples whose running mean stays nearest to the class mean, in that order (iCaRL, CVPR 2017).
 
-Features are L2-normalised; p_k = argmin over the samples not yet chosen of || mean - (f + sum of the chosen) / k ||; of equal ones
-the first. The mean is not normalised again, as in the code of iCaRL and of PyCIL. The first k of the list are the best k by this rule,
-so a smaller budget keeps a prefix.
+Features are L2-normalised; p_k = argmin over the samples not yet chosen of || mean - (f + sum of the chosen) / k ||, and of those that
+are equally near, up to rounding, the first: ties are common, the last two samples of a class are always one. The mean is not normalised
+again, as in the code of iCaRL and of PyCIL. The first k of the list are the best k by this rule, so a smaller budget keeps a prefix.
 
 The distances are those of float64. On the CPU a product in float32 finds the few samples that can be the nearest, given how far it can
 be wrong, and only theirs are computed; elsewhere all are, where the features lie and without waiting for the device (this has not been
@@ -20,6 +20,7 @@ from streamcl.contracts import SelectionPolicy
 
 ROWS = 512  # normalised at a time: in float64 they stay in the cache
 TINY = 1e-12  # vectors shorter than this are as good as zero, and stay so
+TIE = 1e-12  # distances, times k, that differ by less are equal: so much can rounding do to them
 
 
 class Herding(SelectionPolicy):
@@ -36,7 +37,8 @@ def _plain(features: Tensor, count: int) -> Tensor:
     taken = unit.new_zeros(len(unit))
     chosen = torch.empty(count, dtype=torch.int64, device=unit.device)
     for k in range(1, count + 1):
-        pick = ((mean - (unit + total) / k).square_().sum(dim=1) + taken).argmin()
+        distances = torch.linalg.vector_norm(unit + (total - k * mean), dim=1) + taken
+        pick = (distances <= distances.min() + TIE).to(torch.uint8).argmax()
         chosen[k - 1] = pick
         total += unit[pick]
         taken[pick] = torch.inf
@@ -44,32 +46,36 @@ def _plain(features: Tensor, count: int) -> Tensor:
 
 
 def _screened(features: Tensor, count: int) -> Tensor:
-    """|| mean - (f + sum) / k ||^2 = (2 f . (sum - k mean) + ||f||^2 + what is the same for all) / k^2: one product tells who is near."""
-    narrow = torch.empty(features.shape, dtype=torch.float32)
-    mean, squares = torch.zeros(features.shape[1], dtype=torch.float64), torch.empty(len(features), dtype=torch.float64)
+    """|| f + sum - k mean ||^2 = 2 f . (sum - k mean) + ||f||^2 + what is the same for all: one product tells who is near."""
+    lengths, mean = torch.empty(len(features), dtype=torch.float64), torch.zeros(features.shape[1], dtype=torch.float64)
     buffer = torch.empty(ROWS, features.shape[1], dtype=torch.float64)
     for start in range(0, len(features), ROWS):
         part = features[start : start + ROWS]
-        unit = buffer[: len(part)].copy_(part)
-        lengths = torch.linalg.vector_norm(unit, dim=1)
-        scale = lengths.clamp(min=TINY).reciprocal_()
-        mean += scale @ unit
-        narrow[start : start + ROWS] = unit.mul_(scale[:, None])
-        squares[start : start + ROWS] = (lengths * scale).square_()
-    # Of a product of d terms no rounding in float32 is worse than d units in the last place, and the factors are rounded before.
-    worst = 1.01 * (features.shape[1] + 4) * 2.0**-24
-    middle, total, own = mean.numpy() / len(features), np.zeros(features.shape[1]), squares.numpy()
-    product = torch.empty(len(features))
-    chosen = []
-    for k in range(1, count + 1):  # in NumPy, where what is small costs a third
+        rows = buffer[: len(part)].copy_(part)
+        length = lengths[start : start + ROWS] = torch.linalg.vector_norm(rows, dim=1)
+        mean += length.clamp(min=TINY).reciprocal_() @ rows
+    if float(lengths.max()) > 1e30:  # float32 could overflow
+        return _plain(features, count)
+    table = features.float().contiguous().numpy()
+    scale = 1 / lengths.numpy().clip(min=TINY)
+    own = (lengths.numpy() * scale) ** 2
+    scale *= 2
+    # A product of d terms is off by d units in the last place at most, and its factors are rounded; 2 f . w is twice that, for the
+    # nearest and for whom it is compared with. The lengths are right to float64, and squares of distances up to 1 + |w| may tie.
+    worst = 4.1 * (features.shape[1] + 4)
+    # In NumPy, where what is small costs a third, and a product half on some processors.
+    middle, total = mean.numpy() / len(features), np.zeros(features.shape[1])
+    chosen: list[int] = []
+    for k in range(1, count + 1):
         towards = total - k * middle
-        torch.mv(narrow, torch.from_numpy(towards.astype(np.float32)), out=product)
-        nearly = product.numpy() * np.float64(2) + own
-        near = np.flatnonzero(nearly <= nearly.min() + 4 * worst * np.linalg.norm(towards))
-        unit = _unit(features[torch.from_numpy(near)]).numpy()
-        pick = int(np.square(middle - (unit + total) / k).sum(axis=1).argmin()) if len(near) > 1 else 0
+        nearly = (table @ towards.astype(np.float32)) * scale + own
+        far = np.linalg.norm(towards)
+        near = np.flatnonzero(nearly <= nearly.min() + worst * (2.0**-24 * far + 2.0**-53) + 2 * TIE * (1 + far))
+        rows = _unit(features[torch.from_numpy(near)])
+        distances = np.linalg.norm(rows.numpy() + towards, axis=1)
+        pick = int((distances <= distances.min() + TIE).argmax())
         chosen.append(int(near[pick]))
-        total += unit[pick]
+        total += rows[pick].numpy()
         own[chosen[-1]] = np.inf
     return torch.tensor(chosen, dtype=torch.int64)
 

@@ -99,7 +99,7 @@ class Hierarchical(SelectionPolicy):
         return self.ranked[group]
 
     def _tabulate(self, groups: Integers, scores: np.ndarray) -> None:
-        order, starts, counts = runs(groups)
+        order, starts, _ = runs(groups)
         parts = np.split(order, starts[1:])
         self.members = {int(groups[part[0]]): part for part in parts if len(part)}
         self.sizes = Sizes({group: len(part) for group, part in self.members.items()})

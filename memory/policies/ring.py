@@ -85,10 +85,8 @@ def _donors(arrived: Integers, queues: _Queues, known: set[int], budget: int) ->
     of = dict(zip(queues.groups.tolist(), queues.counts.tolist(), strict=True))
     here = set(arrived.tolist())
     share = max(1, budget // max(1, len(known)))
-    if budget < len(known | here):  # with one place a group at most, even those that have theirs may lose it
-        small = here
-    else:
-        small = {group for group in here if of.get(group, 0) < share}
+    crowded = budget < len(known | here)  # with one place a group at most, even those that have theirs may lose it
+    small = here if crowded else {group for group in here if of.get(group, 0) < share}
     if not small:
         return None
     sizes, donors = Sizes(of), arrived.copy()
