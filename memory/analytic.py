@@ -15,6 +15,7 @@ update is whether the features are finite and the labels in range. (The code has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
@@ -111,7 +112,7 @@ class Symmetric:
 
 def refuse_not_finite(values: Tensor, what: str = "features") -> None:
     """A DataError that names the rows with NaN or infinite values. Where all is well it costs one sum."""
-    if bool(torch.isfinite(values.sum())):  # one NaN or infinity among the terms never sums to a finite number
+    if math.isfinite(values.sum().item()):  # one NaN or infinity among the terms never sums to a finite number
         return
     bad = ~torch.isfinite(values).flatten(1).all(dim=1)
     if bool(bad.any()):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import faiss as typed_faiss
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +60,12 @@ class Vectors:
         return self.buffer[: self.count]
 
     def append(self, values: Tensor) -> None:
-        needed = self.count + len(values)
-        if needed > len(self.buffer):
-            # Half as much again, so that adding bit by bit copies each vector a few times at most.
-            grown = self.buffer.new_empty(needed if not self.count else max(needed, self.count * 3 // 2), self.buffer.shape[1])
+        needed = self.count + values.shape[0]
+        if needed > self.buffer.shape[0]:
+            # Room for as many again, so that adding bit by bit copies each vector a few times at most. On a CPU, room that nothing was
+            # written to takes no memory; on a GPU it does.
+            room = self.count * 2 if self.buffer.device.type == "cpu" else self.count * 3 // 2
+            grown = self.buffer.new_empty(max(needed, room), self.buffer.shape[1])
             grown[: self.count] = self.view()
             self.buffer = grown
         self.buffer[self.count : needed] = values
@@ -82,9 +83,9 @@ class Vectors:
         self.buffer[count : self.count] = 0
         self.count, self.known = count, min(self.known, count)
 
-    def parts(self, queries: int) -> Iterator[Part]:
+    def parts(self, queries: int, metric: Metric) -> Iterator[Part]:
         """Blocks of consecutive rows."""
-        if self.known < self.count:
+        if metric == "l2" and self.known < self.count:
             if len(self.squares) < self.count:
                 self.squares = torch.cat([self.squares[: self.known], self.squares.new_empty(len(self.buffer) - self.known)])
             size = _rows_at_once(self.buffer.shape[1])
@@ -95,7 +96,7 @@ class Vectors:
         size = _rows_at_once(queries)
         for start in range(0, self.count, size):
             stop = min(start + size, self.count)
-            yield start, self.buffer[start:stop], self.squares[start:stop]
+            yield start, self.buffer[start:stop], self.squares[start:stop] if metric == "l2" else None
 
     def chosen(self, rows: Tensor, queries: int) -> Iterator[Part]:
         """Blocks of these rows, copied."""
@@ -117,7 +118,7 @@ def nearest(vectors: Vectors, queries: Tensor, k: int, metric: Metric, engine: E
     if len(queries) > QUERIES:
         several = [nearest(vectors, part, k, metric, engine, rows) for part in queries.split(QUERIES)]
         return torch.cat([found[0] for found in several]), torch.cat([found[1] for found in several])
-    return among(vectors.parts(len(queries)) if rows is None else vectors.chosen(rows, len(queries)), queries, k, metric, engine)
+    return among(vectors.parts(len(queries), metric) if rows is None else vectors.chosen(rows, len(queries)), queries, k, metric, engine)
 
 
 def among(parts: Iterable[Part], queries: Tensor, k: int, metric: Metric, engine: Engine = "torch") -> tuple[Tensor, Tensor]:
@@ -203,19 +204,19 @@ def _squared(queries: Tensor, scores: Tensor) -> Tensor:
 def _by_faiss(queries: Tensor, vectors: Tensor, k: int, metric: Metric, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The functions that FAISS's flat index calls, on the tensor itself."""
     number, dim = queries.shape
-    distances, found = np.empty((number, k), np.float32), np.empty((number, k), np.int64)
-    asked, held = queries.numpy(), vectors.numpy()
-    pointers = (faiss.swig_ptr(asked), faiss.swig_ptr(held), dim, number, len(held), k, faiss.swig_ptr(distances), faiss.swig_ptr(found))
+    distances, found = torch.empty(number, k), torch.empty(number, k, dtype=torch.int64)
+    asked, held, near = (faiss.cast_integer_to_float_ptr(t.data_ptr()) for t in (queries, vectors, distances))
+    out = faiss.cast_integer_to_idx_t_ptr(found.data_ptr())
     if rows is None:
-        (faiss.knn_L2sqr if metric == "l2" else faiss.knn_inner_product)(*pointers)
+        search = faiss.knn_L2sqr if metric == "l2" else faiss.knn_inner_product
+        search(asked, held, dim, number, vectors.shape[0], k, near, out, None)  # the last says which of its forms is meant
+        return distances, found
+    only = faiss.IDSelectorArray(rows.shape[0], faiss.cast_integer_to_idx_t_ptr(rows.data_ptr()))
+    if metric == "l2":
+        faiss.knn_L2sqr(asked, held, dim, number, vectors.shape[0], k, near, out, None, only)
     else:
-        chosen = rows.numpy()
-        only = faiss.IDSelectorArray(len(chosen), faiss.swig_ptr(chosen))
-        if metric == "l2":
-            faiss.knn_L2sqr(*pointers, None, only)
-        else:
-            faiss.knn_inner_product(*pointers, only)
-    return torch.from_numpy(distances), torch.from_numpy(found)
+        faiss.knn_inner_product(asked, held, dim, number, vectors.shape[0], k, near, out, only)
+    return distances, found
 
 
 _resources: dict[int, Any] = {}  # FAISS's workspace on each GPU: making one takes long

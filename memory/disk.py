@@ -21,6 +21,8 @@ from streamcl.errors import RunError
 from streamcl.parts import Part, Parts
 from streamcl.stream import Batch, Column, join, take
 
+from .columns import size
+
 SEALED = 8 << 20  # bytes of a block
 SHIFT = 32  # a key is the number of a block, shifted, plus the row within it
 
@@ -64,7 +66,7 @@ class Disk:
         keys = torch.arange(self.rows, self.rows + count) + (self.number << SHIFT)
         for name, column in columns.items():
             self.open.setdefault(name, []).append(column)
-            self.bytes += _size(column)
+            self.bytes += size(column)
         self.rows += count
         self.live[self.number] = self.live.get(self.number, 0) + count
         if self.bytes >= SEALED:
@@ -194,12 +196,6 @@ class Disk:
             self.live[int(number)] = 0
         for name, column in state["open"].items():
             self.open[name] = [column]
-            self.rows, self.bytes = len(column), self.bytes + _size(column)
+            self.rows, self.bytes = len(column), self.bytes + size(column)
         numbers, counts = (keys >> SHIFT).unique(return_counts=True)
         self.live.update(zip(numbers.tolist(), counts.tolist(), strict=True))
-
-
-def _size(column: Column) -> int:
-    if isinstance(column, Tensor):
-        return column.numel() * column.element_size()
-    return sum(len(str(value).encode()) for value in column)

@@ -15,6 +15,7 @@ from streamcl.errors import ConfigError, DataError
 from streamcl.seeding import generator
 from streamcl.stream import Batch, Column, Dataset, level
 
+from .columns import MORE_COLUMNS, ONE_COLUMN, aligned, columns, overwrite, row_size, size
 from .disk import Disk
 
 Unit = Literal["samples", "per_class", "bytes"]
@@ -242,7 +243,7 @@ class Exemplars:
         if self.held is None:
             self.held, self.aside = incoming, aside
         else:
-            self.held, incoming = _aligned(self.held, incoming)
+            self.held, incoming = aligned(self.held, incoming)
             for name in self.aside.keys() | aside.keys():
                 if name not in self.aside:
                     self.aside[name] = _missing(name, len(self), self.held)
@@ -250,7 +251,7 @@ class Exemplars:
                     aside[name] = _missing(name, len(rows), incoming)
             if known:
                 index = torch.tensor(rows[:known])
-                _overwrite(self.held, index, incoming if known == len(rows) else incoming[:known])
+                overwrite(self.held, index, incoming if known == len(rows) else incoming[:known])
                 for name, column in self.aside.items():
                     column.index_copy_(0, index, aside[name][:known].to(column.dtype))
             if known < len(rows):
@@ -302,10 +303,10 @@ class Exemplars:
 
     def _measure(self, batch: Batch) -> None:
         """Note how large the largest of these samples is."""
-        fixed = sum(_row_bytes(column) for column in _columns(batch).values() if isinstance(column, Tensor))
-        lists = [[len(str(value).encode()) for value in column] for column in _columns(batch).values() if isinstance(column, list)]
+        fixed = sum(row_size(column) for column in columns(batch).values() if isinstance(column, Tensor))
+        lists = [[len(str(value).encode()) for value in column] for column in columns(batch).values() if isinstance(column, list)]
         text = max((sum(sizes) for sizes in zip(*lists, strict=True)), default=0)
-        noted = sum(_row_bytes(_missing(name, 1, batch)) for name in ("arrived", "groups", "scores"))
+        noted = sum(row_size(_missing(name, 1, batch)) for name in ("arrived", "groups", "scores"))
         self.largest = max(self.largest, fixed + text + noted)
 
     def _capacity(self) -> int:
@@ -355,7 +356,7 @@ class Exemplars:
                 fresh_notes["scores"] = self._noted(None if marks is None else marks[picked.to(marks.device)], len(picked))
             if self.disk is not None:
                 incoming, fresh_notes["keys"] = self.disk.store(incoming)
-            every = incoming if every is None else Batch.cat(list(_aligned(every, incoming)))
+            every = incoming if every is None else Batch.cat(list(aligned(every, incoming)))
             if before and "scores" in fresh_notes and "scores" not in noted:
                 noted = {**noted, "scores": self._noted(None, before)}
             noted = {name: torch.cat([noted[name], column]) if before else column for name, column in fresh_notes.items()}
@@ -546,17 +547,17 @@ class Exemplars:
         """The bytes of each sample  # (held,)"""
         if self.held is None:
             return torch.zeros(0, dtype=torch.int64)
-        columns = _columns(self._take(torch.arange(len(self))) if self.disk is not None else self.held)
         sizes = torch.zeros(len(self), dtype=torch.int64)
-        for column in columns.values():
-            sizes += _row_bytes(column) if isinstance(column, Tensor) else torch.tensor([len(str(value).encode()) for value in column])
+        for column in columns(self._take(torch.arange(len(self))) if self.disk is not None else self.held).values():
+            sizes += row_size(column) if isinstance(column, Tensor) else torch.tensor([len(str(value).encode()) for value in column])
         return sizes
 
     def nbytes(self) -> int:
         if self.held is None:
             return 0
-        columns = [*_columns(self.held).values(), *self.aside.values()]
-        return sum(_bytes(column) for column in columns) + (0 if self.disk is None else self.disk.nbytes())
+        return sum(size(column) for column in [*columns(self.held).values(), *self.aside.values()]) + (
+            0 if self.disk is None else self.disk.nbytes()
+        )
 
     def state(self) -> dict[str, Any]:
         held = self.held
@@ -606,26 +607,6 @@ class OnDisk(MapDataset):
         return self.disk.joined(self.held[indices], self.keys[indices])
 
 
-ONE_COLUMN, MORE_COLUMNS = ("target", "ids", "task"), ("inputs", "present", "extra")  # the fields of a batch that is held
-
-
-def _columns(batch: Batch) -> dict[tuple[str, ...], Column]:
-    """All that there is of each sample."""
-    single = {(name,): getattr(batch, name) for name in ONE_COLUMN if getattr(batch, name) is not None}
-    return single | {(field, name): column for field in MORE_COLUMNS for name, column in (getattr(batch, field) or {}).items()}
-
-
-def _bytes(column: Column) -> int:
-    if isinstance(column, Tensor):
-        return column.numel() * column.element_size()
-    return sum(len(str(value).encode()) for value in column)
-
-
-def _row_bytes(column: Column) -> int:
-    assert isinstance(column, Tensor)
-    return column[:1].numel() * column.element_size()
-
-
 def _missing(name: str, count: int, batch: Batch) -> Tensor:
     """What is noted of samples of which nothing was said."""
     if name == "groups":
@@ -633,35 +614,3 @@ def _missing(name: str, count: int, batch: Batch) -> Tensor:
     if name == "scores":
         return torch.full((count,), torch.nan, dtype=torch.float64)
     return torch.zeros(count, dtype=torch.int32)
-
-
-def _aligned(held: Batch, incoming: Batch) -> tuple[Batch, Batch]:
-    """Both with the same columns, equally wide, so that each can lie where the other does."""
-    if (incoming.extra.keys(), incoming.inputs.keys(), incoming.task is None) != (held.extra.keys(), held.inputs.keys(), held.task is None):
-        given, known = (", ".join([*b.inputs, *b.extra, *([] if b.task is None else ["task"])]) for b in (incoming, held))
-        raise DataError(f"the samples offered have {given}, and those held have {known}")
-    if held.present is not None or incoming.present is not None:
-        names = (held.present or {}).keys() | (incoming.present or {}).keys()
-        held, incoming = (
-            b.replace(present={name: (b.present or {}).get(name, torch.ones_like(b.ids, dtype=torch.bool)) for name in sorted(names)})
-            for b in (held, incoming)
-        )
-    assert held.target is not None and incoming.target is not None
-    held.target, incoming.target = level([held.target, incoming.target])
-    for name, column in held.extra.items():
-        fresh = incoming.extra[name]
-        if isinstance(column, Tensor) and isinstance(fresh, Tensor):
-            held.extra[name], incoming.extra[name] = level([column, fresh])
-    return held, incoming
-
-
-def _overwrite(held: Batch, slots: Tensor, incoming: Batch) -> None:
-    fresh = _columns(incoming)
-    for name, column in _columns(held).items():
-        values = fresh[name]
-        if isinstance(column, Tensor) and isinstance(values, Tensor):
-            column.index_copy_(0, slots, values)
-        else:
-            assert isinstance(column, list)
-            for slot, value in zip(slots.tolist(), values, strict=True):
-                column[slot] = value

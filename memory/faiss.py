@@ -42,7 +42,7 @@ class Faiss(Memory):
         store: Literal["raw", "features", "both", "none"] = "raw",
         disk: bool = False,
         index: str = "auto",
-        index_device: Literal["auto", "cpu", "cuda"] = "auto",
+        index_device: Literal["auto", "cpu", "cuda", "all"] = "auto",
         float16: bool = False,
     ) -> None:
         self.budget, self.unit, self.select, self.store, self.disk = exemplars, unit, select, store, disk
@@ -65,7 +65,7 @@ class Faiss(Memory):
         self.prototypes = Prototypes(device)
         self.analytic = Analytic(device)
         self.indexes: dict[str, Index] = {}
-        self.device, self.log = device, log
+        self.log = log
 
     def begin(self, task: int) -> None:
         self.exemplars.task = task
@@ -77,8 +77,7 @@ class Faiss(Memory):
         if found is None:
             from .index import Index  # FAISS is loaded where it is used
 
-            device = str(self.device) if self.index_device == "auto" else self.index_device
-            found = self.indexes[name] = Index(dim, metric, self.kind, device=device, float16=self.float16, log=self.log)
+            found = self.indexes[name] = Index(dim, metric, self.kind, device=self.index_device, float16=self.float16, log=self.log)
         if (found.dim, found.metric) != (dim, metric):
             raise ConfigError(f"the index {name!r} holds {found.dim} dimensions by {found.metric}, and {dim} by {metric} were asked for")
         return found

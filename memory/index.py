@@ -49,21 +49,27 @@ RECALL, NEIGHBOURS, SAMPLED = 0.95, 10, 64  # what a search must find of the tru
 AUTO_VECTORS, AUTO_QUERIES = 20_000, 20_000
 ONE_BY_ONE = 8  # a query that comes alone costs exact search as much as so many in a batch
 AUTO_IVF = 1_000_000  # from here on a graph takes too long to build; up to it, it finds more in less time
+NSG_LEAST = 1000  # vectors: its graph is made of the neighbours of each, which must be there
 REFINED = 10  # candidates for each neighbour that `...,RFlat` compares exactly; FAISS's own default compares none beyond the k
 LONGEST = 1e37  # squared length: distances between longer vectors do not fit float32
 BLOCK = 65_536  # vectors that are read from a FAISS index at once
 
 
 class Rows:
-    """Which sample lies in which row. A hash table in NumPy, so that a batch is looked up and entered as a whole."""
+    """Which sample lies in which row. A hash table in NumPy, so that a batch is looked up and entered as a whole.
+
+    Ids that only grow need no look-up to be known as new: their rows enter the table when it is next asked.
+    """
 
     def __init__(self) -> None:
         self.of = np.full(1, -1, np.int64)  # the id of each row; -1 in rows that hold nothing, and always at the end, where row -1 looks
         self.count = 0  # rows in use or given up
         self.held = 0
+        self.highest = -1  # no id was ever higher
         self.free = np.empty(0, np.int64)  # rows to use again
         self.keys, self.row_at = np.full(64, -1, np.int64), np.full(64, -1, np.int32)
         self.taken = 0  # keys ever entered: one that is gone keeps its place
+        self.entered = 0  # rows from this one on are not in the table yet
         self.same = 0  # rows before this one have kept their ids since someone set it
         self._before = 0, self.free
 
@@ -73,6 +79,7 @@ class Rows:
 
     def _seek(self, ids: np.ndarray) -> np.ndarray:
         """Where each id stands in the table, or could."""
+        self._catch_up()
         at = self._home(ids)
         keys = self.keys[at]
         astray = np.flatnonzero((keys != ids) & (keys != -1))
@@ -86,6 +93,13 @@ class Rows:
         """The row of each id, -1 where there is none."""
         at = self._seek(ids)
         return np.where(self.keys[at] == ids, self.row_at[at], -1).astype(np.int64)
+
+    def _catch_up(self) -> None:
+        if self.entered < self.count:
+            rows = np.arange(self.entered, self.count)
+            self.entered = self.count
+            places = self._places(self.of[rows])
+            self.row_at[places] = rows
 
     def _places(self, ids: np.ndarray) -> np.ndarray:
         """A place in the table for each id: its own, or one made for it."""
@@ -103,7 +117,7 @@ class Rows:
         return places
 
     def _rehash(self, more: int) -> None:
-        rows = np.flatnonzero(self.of[: self.count] != -1)
+        rows = np.flatnonzero(self.of[: self.entered] != -1)
         size = max(64, 1 << (4 * (len(rows) + more) - 1).bit_length() - 1)
         self.keys, self.row_at, self.taken = np.full(size, -1, np.int64), np.full(size, -1, np.int32), 0
         places = self._places(self.of[rows])
@@ -111,25 +125,33 @@ class Rows:
 
     def enter(self, ids: np.ndarray) -> np.ndarray:
         """Rows for new ids; all of them or, where one is held or comes twice, none."""
-        places = self._places(ids)
-        known = self.row_at[places] >= 0
-        if known.any():
-            raise DataError(f"{_some(ids[known])} in the index already: remove or update them")
         self._before = self.count, self.free
+        growing = ids[0] > self.highest and not len(self.free) and bool((ids[1:] > ids[:-1]).all())
         reused = min(len(self.free), len(ids))
         rows = np.arange(self.count - reused, self.count - reused + len(ids))
-        rows[:reused] = self.free[:reused]
-        self.row_at[places] = rows
-        twice = self.row_at[places] != rows
-        if twice.any():
-            self.row_at[places] = -1
-            raise DataError(f"{_some(ids[twice])} twice in one call")
-        self.free = self.free[reused:]
+        if not growing:
+            if (ids == -1).any():
+                raise DataError("id -1 stands for no sample: any other number can be one")
+            rows[:reused] = self.free[:reused]
+            self._catch_up()
+            places = self._places(ids)
+            known = self.row_at[places] >= 0
+            if known.any():
+                raise DataError(f"{_some(ids[known])} in the index already: remove or update them")
+            self.row_at[places] = rows
+            twice = self.row_at[places] != rows
+            if twice.any():
+                self.row_at[places] = -1
+                raise DataError(f"{_some(ids[twice])} twice in one call")
+            self.free = self.free[reused:]
         count = self.count + len(ids) - reused
         if count >= len(self.of):
-            self.of = np.concatenate([self.of, np.full(max(count + 1, len(self.of) * 3 // 2) - len(self.of), -1)])
+            self.of = np.concatenate([self.of, np.full(max(count + 1, 2 * len(self.of)) - len(self.of), -1)])
         self._name(rows, ids)
+        self.highest = max(self.highest, int(ids[-1] if growing else ids.max()))
         self.count, self.held = count, self.held + len(ids)
+        if not growing:
+            self.entered = count
         return rows
 
     def _name(self, rows: np.ndarray, ids: np.ndarray | int) -> None:
@@ -140,9 +162,11 @@ class Rows:
         """As before the last `enter`, which gave these rows."""
         self.leave(rows)
         self.count, self.free = self._before
+        self.entered = self.count
 
     def leave(self, rows: np.ndarray, reuse: bool = False) -> None:
-        self.row_at[self._seek(self.of[rows])] = -1
+        at = self._seek(self.of[rows])
+        self.row_at[at] = -1
         self._name(rows, -1)
         self.held -= len(rows)
         if reuse:
@@ -154,15 +178,17 @@ class Rows:
         left = self.held
         holes, movers = np.sort(rows[rows < left]), left + np.flatnonzero(self.of[left : self.count] != -1)
         self._name(holes, self.of[movers])
-        self.row_at[self._seek(self.of[holes])] = holes
+        at = self._seek(self.of[holes])
+        self.row_at[at] = holes
         self.of[left : self.count] = -1
-        self.count = left
+        self.count = self.entered = left
         return holes, movers
 
     def fill(self, ids: np.ndarray) -> None:
         """These ids in rows 0, 1, ...; -1 for a row that holds nothing."""
         self.of, self.same = np.append(ids, np.int64(-1)), 0
-        self.count, self.held, self.free = len(ids), int((ids != -1).sum()), np.empty(0, np.int64)
+        self.count = self.entered = len(ids)
+        self.held, self.free, self.highest = int((ids != -1).sum()), np.empty(0, np.int64), int(ids.max(initial=-1))
         self._rehash(0)
 
     def live(self) -> np.ndarray:
@@ -211,13 +237,10 @@ class Structure:
             self.wide = faiss.downcast_index(inner)
         if isinstance(self.index, faiss.IndexRefine):
             self.index.k_factor = REFINED
+        self.width_name = "nprobe" if isinstance(self.wide, faiss.IndexIVF) else "efSearch"
         self.widest = self.wide.nlist if isinstance(self.wide, faiss.IndexIVF) else 2048 if isinstance(self.wide, faiss.IndexHNSW) else 0
         if self.width:
             self.widen(self.width)
-
-    @property
-    def width_name(self) -> str:
-        return "nprobe" if isinstance(self.wide, faiss.IndexIVF) else "efSearch"
 
     def widen(self, width: int) -> None:
         self.host()
@@ -352,13 +375,15 @@ class Structure:
             return near, found
         return torch.from_numpy(distances).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
-    def search_here(self, queries: np.ndarray, k: int, only: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def search_here(
+        self, queries: np.ndarray, k: int, only: np.ndarray | None = None, width: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         self.host()
-        if only is None:
+        if only is None and width is None:
             return self.index.search(queries, k)
-        chosen = faiss.IDSelectorBitmap(only)
+        chosen = None if only is None else faiss.IDSelectorBitmap(only)
         if self.family == "lists":
-            settings = faiss.SearchParametersIVF(sel=chosen, nprobe=self.core.nprobe)
+            settings = faiss.SearchParametersIVF(sel=chosen, nprobe=width or self.core.nprobe)
         else:
             settings = faiss.SearchParametersHNSW(sel=chosen, efSearch=self.core.hnsw.efSearch)
         if self.core is not self.index:
@@ -525,6 +550,8 @@ class Index:
             if self.device.type == "cuda" and self.asked != "auto" and not torch.cuda.is_available():
                 self.device = None
                 raise ConfigError(f"index_device: {self.asked}: torch finds no GPU here: choose auto or cpu")
+            if self.device.type == "cuda" and self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
         if self.device.type != "cpu":
             place = self.device
             if self.kind not in ("auto", "Flat") and not (faiss_gpus() and Structure(self.kind, self.dim, self.metric).fits_gpu()):
@@ -577,12 +604,9 @@ class Index:
         if values.dtype != torch.float32 or (values.device != self.device and self.device is not None):
             values = values.to(self.device or values.device, torch.float32)
         values = values.contiguous()
-        if values.device.type == "cpu":
-            line = values.numpy().reshape(-1)
-            with np.errstate(over="ignore", invalid="ignore"):
-                fine = bool(np.dot(line, line) < LONGEST)  # not so where a value is NaN, infinite, or too large
-        else:
-            fine = bool(values.square().sum() < LONGEST)
+        line = values.view(-1)
+        # One pass: the sum of squares is not below the limit where a value is NaN, infinite, or too large.
+        fine = float(torch.dot(line, line) if line.shape[0] < 2**31 else values.square().sum()) < LONGEST
         if not fine:
             self._refuse(values, keys)
         if self.metric == "cosine":
@@ -649,7 +673,7 @@ class Index:
         if not self.built.index.is_trained:
             self.built.train(flat.cpu().numpy())
         self.built.add(flat, np.arange(len(flat)))
-        truth = self._truth(self.flat.parts(SAMPLED), self._of_flat)
+        truth = self._truth(self.flat.parts(SAMPLED, self.metric), self._of_flat)
         few = np.arange(min(len(flat), SAMPLED))
         self.lossy = not torch.allclose(self.built.vectors(few), flat[: len(few)].cpu(), rtol=1e-3, atol=1e-5)
         if self.built.widest:
@@ -742,7 +766,7 @@ class Index:
     # Searching
 
     def search(self, queries: Tensor, k: int, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not isinstance(k, int) or k < 1:
+        if not hasattr(k, "__index__") or k < 1:
             raise DataError(f"a search for {k} neighbours finds none: k is a whole number from 1")
         asked = self._checked(queries)
         chosen = None if where is None else self._chosen(where)
@@ -777,7 +801,12 @@ class Index:
             return self._exact(asked, k, chosen)  # IVF of additive quantizers selects nothing
         short = (found[:, -1] < 0).nonzero().squeeze(1)
         if len(short):  # the lists or nodes that were visited held fewer than k
-            distances[short], found[short] = self._exact(asked[short], k, self.rows.live() if chosen is None else chosen)
+            if built.family == "lists":
+                only = None if chosen is None else self._bitmap(chosen)
+                again: Iterable[Tensor] = map(torch.from_numpy, built.search_here(asked[short].cpu().numpy(), k, only, built.core.nlist))
+            else:
+                again = self._exact(asked[short].cpu(), k, self.rows.live() if chosen is None else chosen)
+            distances[short], found[short] = (values.to(asked.device) for values in again)
         return distances, found
 
     def _exact(self, asked: Tensor, k: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -809,7 +838,9 @@ class Index:
         return torch.from_numpy(rows).to(self.device)
 
     def _ids_of(self, found: Tensor) -> Tensor:
-        return torch.from_numpy(self.rows.of[found.numpy()]) if found.device.type == "cpu" else self._mirrored(found)
+        if found.device.type == "cpu":
+            return torch.from_numpy(self.rows.of.take(found.numpy(), mode="wrap"))
+        return self._mirrored(found)
 
     def _mirrored(self, found: Tensor) -> Tensor:
         """The ids of these rows without a copy to the host."""
@@ -831,7 +862,7 @@ class Index:
             nothing = torch.zeros(len(asked) + 1, dtype=torch.int64, device=queries.device)
             return nothing, asked.new_empty(0).to(queries.device), nothing[:0]
         if self.flat is not None:
-            limits, distances, found = within(self.flat.parts(len(asked)), asked, radius, self.metric)
+            limits, distances, found = within(self.flat.parts(len(asked), self.metric), asked, radius, self.metric)
         else:
             limits, distances, found = self._range_built(asked, radius)
         return limits.to(queries.device), distances.to(queries.device), self._ids_of(found).to(queries.device)
@@ -926,10 +957,11 @@ class Index:
     def _tune(self, built: Structure, most: int) -> float:
         """The smallest width that finds enough of what exact search finds among what is stored; the share that it finds."""
         self.tuned = self.rows.held
+        built.host()
         mapped = built.family == "lists" and built.core.direct_map.type != faiss.DirectMap.NoMap
 
         def stored(rows: Tensor) -> Tensor:
-            return built.vectors(rows.numpy())
+            return built.vectors(rows.cpu().numpy())
 
         truth = self._truth(self._parts(self.rows.live(), built), stored)
         width = self.width or (16 if isinstance(built.wide, faiss.IndexHNSW) else 1)
@@ -946,8 +978,9 @@ class Index:
     def _truth(self, parts: Iterable[Part], stored: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Some of the vectors held, their rows, and the distance of the tenth neighbour of each, itself aside."""
         draw = np.random.default_rng(derived(0, "recall", self.rows.held))
-        own = torch.from_numpy(np.sort(draw.choice(self.rows.live(), min(SAMPLED, self.rows.held), replace=False))).to(self.device)
+        own = torch.from_numpy(np.sort(draw.choice(self.rows.live(), min(SAMPLED, self.rows.held), replace=False)))
         asked = stored(own)
+        own = own.to(asked.device)
         _, found = among(parts, asked, NEIGHBOURS + 1, self.metric, engine_for(asked.device, asked.dtype))
         distances = self._distances(asked, own, found, stored)
         return asked, own, distances.topk(min(NEIGHBOURS, max(1, self.rows.held - 1)), largest=self.metric != "l2").values[:, -1:]
@@ -966,7 +999,7 @@ class Index:
 
     def _distances(self, asked: Tensor, own: Tensor, found: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
         """Distances to the rows that were found, one by one; the vector itself and what is missing are the farthest."""
-        vectors = stored(found.clamp(min=0).reshape(-1)).view(*found.shape, self.dim)
+        vectors = stored(torch.where(found < 0, own[:1], found).reshape(-1)).view(*found.shape, self.dim)
         asked = asked[:, None]
         distances = (vectors - asked).square().sum(dim=2) if self.metric == "l2" else (vectors * asked).sum(dim=2)
         nothing = (found < 0) | (found == own[:, None])
@@ -1049,8 +1082,11 @@ class Index:
             return
         if self.device is None:
             self._settle(other.device or torch.device("cpu"))
-        for start in range(0, len(live), BLOCK):
-            part = slice(start, start + BLOCK)
+        parts = [slice(start, start + BLOCK) for start in range(0, len(live), BLOCK)]
+        if self.float16:
+            for part in parts:
+                self._fits_half(keys[part], other._stored(live[part]))
+        for part in parts:
             self._insert(keys[part], other._stored(live[part]).to(self.device))
 
     # What is kept
@@ -1094,10 +1130,7 @@ class Index:
         _demand(len(np.unique(live)) == len(live), "one of its ids occurs twice")
         if "built" in state:
             saved = state["built"]
-            assert self.device is not None
             place = self.built.place if self.built is not None else None
-            if self.exact_only or self.device.type != "cpu":
-                place = None
             self.built = Structure(saved["kind"], self.dim, self.metric, place, self.float16)
             self.built.restore(saved, len(of), len(live))
             if saved["width"]:
@@ -1178,7 +1211,8 @@ def _demand(condition: object, otherwise: str) -> None:
 def _sum(name: str, tensor: Tensor) -> str:
     """The checksum of a tensor: its name, type and shape count as well."""
     sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-    sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    if tensor.numel():
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -1225,7 +1259,7 @@ def points_to_train(part: Any, dim: int) -> int:
     """How many vectors it asks for: FAISS's 39 for each centroid, ten for each dimension of a rotation. 0: it needs none."""
     index: Any = faiss.downcast_index(part)
     if isinstance(index, faiss.IndexNSG):
-        return 1000  # its graph is made of the neighbours of each, which must be there
+        return NSG_LEAST
     if index.is_trained:
         return 0
     needed = []
@@ -1267,10 +1301,7 @@ def _ids(ids: Tensor) -> np.ndarray:
     if not whole:
         what = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise DataError(f"ids come as one row of whole numbers, not as {what}")
-    keys = ids.detach().to("cpu", torch.int64).contiguous().numpy()
-    if (keys == -1).any():
-        raise DataError("id -1 stands for no sample: any other number can be one")
-    return keys
+    return ids.detach().to("cpu", torch.int64).contiguous().numpy()
 
 
 def _some(values: np.ndarray, one: str = "id", many: str = "ids") -> str:

@@ -18,8 +18,8 @@ faster, and the distances to the few nearest are then worked out from difference
 shrinkage and correlation (its power transform and normalisation are the caller's); SLDA's is that over `covariance="shared"`: its
 (1 - e) C + e I ranks classes as shrinkage (e / ((1 - e) mean variance), 0) does. What has been factorised is kept until the next update.
 
-On a GPU the tensors stay there, FAISS is not used, and an update reads back which labels are present and whether all is finite; it was
-not run on one.
+On a GPU the tensors stay there, FAISS is not used, and an update reads back which labels are present and whether all is finite; sums come
+out the same each time where torch.use_deterministic_algorithms is on. It was not run on one.
 """
 
 from __future__ import annotations
@@ -125,8 +125,6 @@ class Prototypes:
                 for i in lacking:
                     self._seed(known[i], x[member == i])
                 rows, member = self._nearest_of_class(x, known, member).unique(return_inverse=True)
-                if lacking:  # where a new one stood was only for choosing: its mean is that of those who chose it
-                    self._table()[self._counts == 0] = 0
             self._absorb(x, _Groups(rows, member, member.bincount(minlength=len(rows))))
             if lacking and self.per_class > 1:
                 self._drop_empty()
@@ -135,7 +133,8 @@ class Prototypes:
         means, centred = self._within(x, groups)
         way, before = self._move(groups.rows, means, groups.sizes)
         self._scatter(centred, way, groups, 1.0)
-        self._freedom += int(groups.sizes.sum()) - int((before == 0).sum())
+        if self.covariance == "shared":
+            self._freedom += len(x) - int((before == 0).sum())
 
     def _within(self, x: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
         """The mean of each group, and that of each sample less the sample (only where a covariance is kept: it goes by the squares)."""
@@ -199,14 +198,15 @@ class Prototypes:
         self._table()[rows] -= way * (m / rest)
         self._counts[rows] = left
         self._scatter(centred, torch.where(left[:, None] > 0, way * (n * m / rest).sqrt(), 0.0), groups, -1.0)
-        self._freedom -= int(going.sum()) - int((left == 0).sum())
         if self.covariance == "diagonal":  # rounding may leave less than nothing, and one sample has no scatter
             self._table("scatter")[rows] = torch.where(left[:, None] > 1, self._table("scatter")[rows].clamp(min=0), 0.0)
         elif self.covariance == "full":
             for row in rows[left == 1].tolist():
                 self._scatters[row].scale(0.0)
-        elif self.covariance == "shared" and self._freedom == 0:
-            self._scatters[0].scale(0.0)
+        elif self.covariance == "shared":
+            self._freedom -= len(x) - int((left == 0).sum())
+            if self._freedom == 0:
+                self._scatters[0].scale(0.0)
 
     @in_full
     def set(self, label: int, mean: Tensor, count: int, covariance: Tensor | None = None) -> None:
@@ -274,6 +274,8 @@ class Prototypes:
         held = [(label, list(rows)) for label, rows in other._rows.items()]
         for turn in range(self.per_class):  # one of each class at a time
             labels = [label for label, rows in held if len(rows) > turn]
+            if not labels:
+                break
             theirs = [rows[turn] for _, rows in held if len(rows) > turn]
             lacking = {label for label in labels if len(self._rows.get(label, ())) < self.per_class}
             self._append([label for label in labels if label in lacking])
@@ -283,8 +285,9 @@ class Prototypes:
             rows = torch.where(new < 0, rows, new)
             way, before = self._move(rows, means[chosen], counts[chosen])
             self._scatter(way[:0], way, _Groups(rows, member[:0], torch.zeros_like(rows)), 1.0)
-            self._freedom += int((before > 0).sum())
-            if self.covariance == "diagonal":
+            if self.covariance == "shared":
+                self._freedom += int((before > 0).sum())
+            elif self.covariance == "diagonal":
                 self._table("scatter").index_add_(0, rows, other._table("scatter").to(self.device)[chosen])
             elif self.covariance == "full":
                 for row, their in zip(rows.tolist(), theirs, strict=True):
@@ -506,7 +509,7 @@ class Prototypes:
                 white = torch.bmm(x[None] - means[part, None], made[part].mT)  # (classes, batch, dim)
                 table[:, part] = torch.linalg.vector_norm(white, dim=-1).T
             parts.append(_smallest(table, k))
-        return torch.cat([values for values, _ in parts]), torch.cat([rows for _, rows in parts])
+        return _joined(parts)
 
     def _whitened(self, shrinkage: tuple[float, float], correlation: bool) -> Any:
         """shared: the middle, a matrix W with W'W the inverse, and the whitened prototypes; diagonal: the middle, prototypes and inverse
@@ -705,11 +708,11 @@ def _closest(queries: Tensor, ready: _Points, k: int, zero: Tensor | None = None
         found = faiss.knn(queries.numpy(), points.numpy(), k)
         values, rows = torch.from_numpy(found[0]).div_(2), torch.from_numpy(found[1])
     else:
-        tables = [_smallest(torch.addmm(halves, part, points.T, alpha=-1), k) for part in queries.split(max(1, TABLE // len(points)))]
-        rows = torch.cat([rows for _, rows in tables])
-        values = torch.cat([values for values, _ in tables]) + queries.square().sum(dim=1, keepdim=True) / 2
+        pieces = queries.split(max(1, TABLE // len(points)))
+        values, rows = _joined([_smallest(torch.addmm(halves, x, points.T, alpha=-1), k) for x in pieces])
+        values += queries.square().sum(dim=1, keepdim=True).div_(2)
     few = rows[:, :FEW]
-    values[:, :FEW] = _from_differences(queries, points, few) / 2
+    values[:, :FEW] = _from_differences(queries, points, few).div_(2)
     if flat is not None:
         values[:, :FEW] += flat[few] / 2
     if zero is not None:
@@ -723,11 +726,8 @@ def _closest_scaled(queries: Tensor, ready: tuple[Tensor, Tensor, Tensor], k: in
     dtype, queries = queries.dtype, queries.double() - middle
     scaled = points * scale
     lengths = (scaled * points).sum(dim=1)
-    tables = [
-        _smallest(torch.addmm(lengths, x, scaled.T, alpha=-2).addmm_(x.square(), scale.T), k)
-        for x in queries.split(max(1, TABLE // len(points)))
-    ]
-    rows, values = torch.cat([rows for _, rows in tables]), torch.cat([values for values, _ in tables])
+    pieces = queries.split(max(1, TABLE // len(points)))
+    values, rows = _joined([_smallest(torch.addmm(lengths, x, scaled.T, alpha=-2).addmm_(x.square(), scale.T), k) for x in pieces])
     values[:, :FEW] = _from_differences(queries, points, rows[:, :FEW], scale)
     distances, rows = _sorted(values.clamp_(min=0), rows)
     return distances.sqrt_().to(dtype), rows
@@ -735,12 +735,18 @@ def _closest_scaled(queries: Tensor, ready: tuple[Tensor, Tensor, Tensor], k: in
 
 def _from_differences(queries: Tensor, points: Tensor, rows: Tensor, scale: Tensor | None = None) -> Tensor:
     """Squared distances of the rows found  # (batch, k)"""
-    parts = []
     piece = max(1, PIECE // max(1, rows.shape[1] * points.shape[1]))
-    for x, chosen in zip(queries.split(piece), rows.split(piece), strict=True):
-        squares = (points[chosen] - x[:, None]).square_()
-        parts.append((squares if scale is None else squares.mul_(scale[chosen])).sum(dim=-1))
-    return torch.cat(parts)
+    if len(queries) > piece:
+        pairs = zip(queries.split(piece), rows.split(piece), strict=True)
+        return torch.cat([_from_differences(x, points, chosen, scale) for x, chosen in pairs])
+    squares = points[rows].sub_(queries[:, None]).square_()
+    return (squares if scale is None else squares.mul_(scale[rows])).sum(dim=-1)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([values for values, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
 def _smallest(table: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -266,9 +266,10 @@ def table(directories: Sequence[Path]) -> str:
             notes.append(f"{name} was run several times with seed {spans(again)}: the mean of such repeats counts as one seed")
     rows = [[*start, *row] for start, row in zip(starts, figures, strict=True)]
     runs_of = [f"runs of {name}: {', '.join(str(run.directory) for run in group.runs)}" for name, group in zip(names, found, strict=True)]
-    told = [*([f"all on {scenarios[0]}"] if len(scenarios) == 1 else []), *notes, *runs_of, *left_out]
-    lines = (textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in told)
-    return "\n".join([*ruled(rows, left=2), "", *(part for line in lines for part in line)])
+    told = [*([f"all on {scenarios[0]}"] if len(scenarios) == 1 else []), *notes]
+    for line in runs_of:
+        told += textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*ruled(rows, left=2), "", *told, *left_out])
 
 
 def figure_rows(found: Sequence[Group], columns: Sequence[Column]) -> tuple[list[list[str]], list[str]]:

@@ -465,6 +465,7 @@ def _methods(definition: ast.ClassDef) -> list[ast.FunctionDef]:
 
 def _meant(name: str, hooks: Iterable[str]) -> str:
     """The end of a message about a method that hardly differs from one of the hooks, or whose name holds one: compute_loss."""
+    hooks = sorted(hooks)
     held = [hook for hook in hooks if f"_{hook}_" in f"_{name}_" and (hook == "loss" or "_" in hook)]
     near = difflib.get_close_matches(name, hooks, 1, cutoff=0.8) or held
     return f": did you mean {near[0]!r}?" if near else ""

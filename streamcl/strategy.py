@@ -231,7 +231,7 @@ class GradientStrategy(Strategy):
         """What exemplars of a task's classes are chosen from once it is learned: its samples, and those held of classes that came back."""
         exemplars = self.memory.exemplars
         held = [exemplars.of(label) for label in task.labels if label in exemplars.classes()]
-        held = [b[~torch.isin(b.ids, task.train.ids)] for b in held]
+        held = [b[(~torch.isin(b.ids, task.train.ids)).nonzero().squeeze(1)] for b in held]
         again = [ArrayDataset(b.inputs, b.target, b.ids, b.present, b.extra) for b in held if len(b) and b.target is not None]
         return Joined([task.train, *again]) if again else task.train
 

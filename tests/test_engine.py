@@ -38,7 +38,7 @@ def test_a_runs_folder_is_its_whole_record(tmp_path: Path) -> None:
 
 def test_memory_bytes_are_the_exemplars_and_what_was_added_to_the_model(tmp_path: Path) -> None:
     scores = running.run(small_run("er", log=[]), out=tmp_path / "run")
-    exemplars = 60 * (64 * 1 + 8 + 8)  # uint8 pixels, label and id
+    exemplars = 60 * (64 * 1 + 8 + 8 + 4)  # uint8 pixels, label, id, and the task that it came with
     rows = 8 * (32 + 1) * 4  # the head's rows beyond those of the first task
     assert scores["memory_bytes"] == exemplars + rows
     assert scores["parameters"] == 64 * 32 + 32 + 10 * 32 + 10 == scores["trainable_parameters"]

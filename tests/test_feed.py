@@ -351,7 +351,7 @@ def test_a_killed_feed_is_finished_by_resume_with_the_same_scores(tmp_path: Path
     data = images(tmp_path / "new.npz", 1, 2, 3, turned=True, limit=150)
     whole = feeding.feed(finished("er", tmp_path / "whole", **changes), data, holdout=0.2)
     run = finished("er", tmp_path / "killed", **changes)
-    newest = max((run / "checkpoints").iterdir()).name
+    newest = max(path.name for path in (run / "checkpoints").glob("0*"))
     process = subprocess.Popen([*COMMAND, "feed", str(run), data, "--holdout", "0.2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and max(path.name for path in (run / "checkpoints").glob("0*")) == newest:
         time.sleep(0.01)

@@ -282,6 +282,17 @@ def test_a_policy_that_was_stopped_goes_on_as_if_it_had_not_been(name: str) -> N
     assert len(set(shelf.names)) == 25 and max(shelf.names) >= 200
 
 
+@pytest.mark.parametrize("name", STREAMING)
+def test_no_budget_and_no_samples_are_no_trouble(name: str) -> None:
+    shelf = Shelf(name, 0)
+    shelf.offer([0, 1, 0])
+    shelf.offer([])
+    assert shelf.names == [] and shelf.slots.seen == 3
+    shelf.resize(2)
+    shelf.offer([1, 1])
+    assert set(shelf.names) <= {3, 4}
+
+
 # What the rules are for -------------------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +304,7 @@ def uniform(held: np.ndarray, rounds: int, kept: float) -> bool:
 
 
 def test_the_reservoir_holds_every_sample_with_the_same_probability() -> None:
-    held, rounds = np.zeros(120), 1500
+    held, rounds = np.zeros(120), 1000
     for seed in range(rounds):
         shelf = Shelf("reservoir", 15, seed)
         for start in range(0, 120, 16):
@@ -326,7 +337,7 @@ def long_tail() -> list[int]:
 
 
 def test_class_balanced_is_as_balanced_as_the_stream_allows_and_uniform_within_each_class() -> None:
-    stream, rounds = np.array(long_tail()), 2000
+    stream, rounds = np.array(long_tail()), 1200
     held = np.zeros(len(stream))
     for seed in range(rounds):
         shelf = Shelf("class_balanced", 18, seed)
@@ -456,7 +467,7 @@ def textbook(features: torch.Tensor, count: int, tie: float = 0.0) -> list[int]:
     copies=st.integers(0, 40),
     zeros=st.integers(0, 3),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    scale=st.sampled_from([1.0, 1e-6, 1e6]),
+    scale=st.sampled_from([1.0, 1e-6, 1e6, 1e32]),
 )
 def test_herding_selects_what_the_textbook_selects(
     count: int, dim: int, seed: int, copies: int, zeros: int, dtype: torch.dtype, scale: float
@@ -493,7 +504,7 @@ def test_herding_gives_row_numbers_on_the_host_wherever_the_features_lie(device:
 
 
 def test_random_draws_each_sample_equally_often_and_none_twice() -> None:
-    held, rounds = np.zeros(30), 2000
+    held, rounds = np.zeros(30), 1000
     for seed in range(rounds):
         order = rank("random", np.zeros((30, 0)), 6, seed=seed)
         assert len(set(order)) == 6

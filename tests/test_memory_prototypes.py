@@ -190,6 +190,14 @@ def test_the_last_sample_of_a_class_takes_the_class_with_it() -> None:
     assert prototypes.labels().tolist() == [3] and prototypes.counts().tolist() == [1] and prototypes.means().tolist() == [[2.0]]
 
 
+def test_a_class_that_goes_leaves_the_shared_covariance_of_the_others() -> None:
+    features, labels = stream(60, 3, 3)
+    prototypes = fed("shared", features, labels, 13)
+    gone = labels == 1
+    prototypes.remove(features[gone], labels[gone])
+    same(prototypes, fed("shared", features[~gone], labels[~gone]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_class", [1, 3])
 def test_a_restored_memory_goes_on_bit_for_bit(kind: str, per_class: int) -> None:
@@ -448,6 +456,14 @@ def test_several_prototypes_merge_by_the_nearest_of_the_class() -> None:
     torch.testing.assert_close(one.means(), joint.means()[nearest])
     torch.testing.assert_close(one.covariances(), joint.covariances()[nearest])
     assert torch.equal(one.counts(), joint.counts()[nearest])
+
+
+def test_merging_fills_the_places_that_a_class_has_left() -> None:
+    one, other = made(per_class=3), made(per_class=3)
+    one.update(torch.tensor([[0.0], [0.0]]), torch.tensor([4, 4]))
+    other.update(torch.tensor([[10.0], [10.0], [1.0]]), torch.tensor([4, 4, 6]))
+    one.merge(other)
+    assert one.labels().tolist() == [4, 4, 6] and one.means().flatten().tolist() == [0, 10, 1] and one.counts().tolist() == [2, 2, 1]
 
 
 # -- drift and pseudo-features -----------------------------------------------------------------------------------------------------

@@ -206,8 +206,8 @@ def test_data_that_changed_since_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_plugin_that_changed_since_is_told_once_and_stays_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin, beside = tmp_path / "mine.py", tmp_path / "beside.py"
-    plugin.write_text("from beside import Base\n\n\nclass Mine(Base):\n    pass\n")
+    plugin, beside = tmp_path / "mine.py", tmp_path / "mended_base.py"
+    plugin.write_text("from mended_base import Base\n\n\nclass Mine(Base):\n    pass\n")
     beside.write_text("from streamcl.strategy import GradientStrategy\n\n\nclass Base(GradientStrategy):\n    pass\n")
     config = small_run(f"{plugin}:Mine", engine={"checkpoint": {"every": {"steps": 1}}})
 
@@ -227,7 +227,7 @@ def test_a_plugin_that_changed_since_is_told_once_and_stays_on_record(tmp_path: 
         with pytest.raises(Interrupted):
             running.resume(tmp_path / "run")
     assert len(warnings()) == 1 and f"{beside} has changed since the run last used it" in warnings()[0]
-    assert running.resume(tmp_path / "run")["resume"] == {"kind": "none", "why": "beside.py changed while the run was under way"}
+    assert running.resume(tmp_path / "run")["resume"] == {"kind": "none", "why": "mended_base.py changed while the run was under way"}
     assert len(warnings()) == 1
     files = json.loads((tmp_path / "run/files.json").read_text())
     assert "before" not in files[str(plugin)] and len(files[str(beside)]["before"]) == 1

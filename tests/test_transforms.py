@@ -59,7 +59,9 @@ def test_random_transforms_depend_on_the_generator_alone_and_not_on_how_a_batch_
     whole = transform(values, IMAGE, generator)
     torch.manual_seed(99)  # the global state must not matter
     parts = seeded()
-    assert torch.equal(torch.cat([transform(part, IMAGE, parts) for part in values.split([1, 17, 22])]), whole)
+    again = torch.cat([transform(part, IMAGE, parts) for part in values.split([1, 17, 22])])
+    # Where it is a product of matrices, its last bit may depend on how many there are; the draws may not.
+    torch.testing.assert_close(again, whole, rtol=0, atol=1e-6 if name == "random_resized_crop" else 0)
     assert torch.equal(generator.get_state(), parts.get_state())
     assert not torch.equal(transform(values, IMAGE, seeded(5)), whole)
     assert torch.equal(values, images()), "inputs are not changed in place"

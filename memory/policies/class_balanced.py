@@ -53,7 +53,7 @@ class ClassBalanced(SelectionPolicy):
         labels = arrived[order[starts]].tolist()
         seen = [slots.seen_of.get(label, 0) for label in labels]
         full = [self._full(label, before) for label, before in zip(labels, seen, strict=True)]
-        limits = [self.sizes.of.get(label, 0) if there else count + slots.seen for label, there in zip(labels, full, strict=True)]
+        limits = [self.sizes.of.get(label, 0) if there else np.inf for label, there in zip(labels, full, strict=True)]
         numbers = np.arange(1, count + 1) + np.repeat(np.array(seen) - starts, counts)
         eventful = not all(full)
         scaled = drawn[order] * numbers

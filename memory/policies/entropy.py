@@ -3,8 +3,7 @@
 The model's logits or probabilities come with the samples, as their scores  # (batch, classes). Of each row -sum p ln p is kept: rows
 that are distributions (nothing below 0, a sum of 1) are taken as they are, others through a softmax. A score that is one number
 already is the entropy itself. Of equal ones those stay that came first. What is held keeps the entropy that it came with and is
-ranked together with what is offered. Keeping the uncertain and keeping the certain are both in use, the baselines of RWalk (ECCV 2018)
-and of its followers among them; which helps depends on the budget.
+ranked together with what is offered. RWalk (ECCV 2018) draws samples by their entropy, the higher the likelier; here the order is strict.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ring: of each class, or of each group that the caller names, the latest samples: first in, first out (the memory of GEM, NIPS 2017).
+"""Ring: of each class, or of each group that the caller names, the latest samples: first in, first out (GEM, NIPS 2017).
 
 The share of a group is budget // groups seen so far, one at least. While there is room every sample is kept. From then on a sample of
 a group below its share takes the place of the oldest sample of the largest group (of several, the one of the lowest number), and any

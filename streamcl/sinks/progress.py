@@ -120,6 +120,9 @@ class Progress(Sink):
     def _warning(self, fields: dict[str, Any]) -> None:
         self._say(f"warning: {fields['message']}", "yellow")
 
+    def _note(self, fields: dict[str, Any]) -> None:
+        self._say(fields["message"])
+
     def _run_finished(self, fields: dict[str, Any]) -> None:
         if self.live is not None:
             self.live.update(self.bar, visible=False)
