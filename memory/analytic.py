@@ -52,7 +52,7 @@ class Symmetric:
     def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dim = dim
         height = max(128, -(-dim // 128) * 8)  # 16 bands at most: lower ones cost calls, higher ones work done twice
-        self.bands = [torch.zeros(min(height, dim - start), dim - start, dtype=dtype, device=device) for start in range(0, dim, height)]
+        self.bands = [_zeros(min(height, dim - start), dim - start, dtype, device) for start in range(0, dim, height)]
 
     def _places(self) -> Iterator[tuple[int, int, Tensor]]:
         start = 0
@@ -100,7 +100,7 @@ class Symmetric:
         return out
 
     def nbytes(self) -> int:
-        return sum(band.numel() * band.element_size() for band in self.bands)
+        return sum(band.untyped_storage().nbytes() for band in self.bands)
 
     def state(self) -> list[Tensor]:
         return [band.clone() for band in self.bands]
@@ -108,6 +108,11 @@ class Symmetric:
     def restore(self, bands: list[Tensor]) -> None:
         for band, saved in zip(self.bands, bands, strict=True):
             band.copy_(saved)
+
+
+def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows that lie a little further apart than they are long: at distances of a power of two they drive each other out of the caches."""
+    return torch.zeros(rows, columns + 8, dtype=dtype, device=device)[:, :columns]
 
 
 def refuse_not_finite(values: Tensor, what: str = "features") -> None:
@@ -158,7 +163,7 @@ class Analytic:
         if form == "recursive":
             self._matrix.put(torch.eye(dim, dtype=dtype, device=self.device) / ridge)
         self._columns = torch.zeros(0, dim, dtype=dtype, device=self.device)
-        self._gathered = torch.zeros(GATHER if form == "accumulated" else 0, dim, dtype=dtype, device=self.device)
+        self._gathered = _zeros(GATHER if form == "accumulated" else 0, dim, dtype, self.device)
 
     def _statistics(self) -> Symmetric:
         if self._matrix is None:
@@ -381,7 +386,7 @@ class Analytic:
             self._solved = None
 
     def nbytes(self) -> int:
-        tensors = sum(tensor.numel() * tensor.element_size() for tensor in (self._columns, self._gathered))
+        tensors = sum(tensor.untyped_storage().nbytes() for tensor in (self._columns, self._gathered))
         return tensors + (self._matrix.nbytes() if self._matrix else 0)
 
     def state(self) -> dict[str, Any]:

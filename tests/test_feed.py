@@ -158,7 +158,7 @@ def test_a_folder_of_images_feeds_a_run_on_folders_and_its_own_test_part_is_scor
     files = json.loads((tmp_path / "run/files.json").read_text())
     assert {f"{new}/train", f"{new}/test"} <= files.keys()
     with pytest.raises(ConfigError, match="second has a test part of its own: leave out --holdout"):
-        feeding.feed(tmp_path / "run", new, holdout=0.1)
+        feeding.feed(tmp_path / "run", new, holdout=0.1, again=True)
     next((tmp_path / "second/test/class 1").iterdir()).unlink()
     with pytest.raises(DataError, match=r"second/test has changed since the run was made"):
         feeding.feed(tmp_path / "run", folder("third", 3))

@@ -245,6 +245,9 @@ def test_rows_are_a_dictionary() -> None:
                 model.update(zip(fresh.tolist(), rows.enter(fresh).tolist(), strict=True))
         assert rows.held == len(model) and len(set(model.values())) == len(model)
         assert all(rows.of[row] == key for key, row in model.items())
+        with pytest.raises(DataError, match="id 77 is twice in one call"):
+            rows.enter(np.array([77, 78, 77]))
+        assert rows.find(np.array([77, 78])).tolist() == [-1, -1]
     assert rows.count <= 3000  # rows that were given up are used again
 
 
@@ -289,6 +292,14 @@ def test_where_finds_the_nearest_of_what_it_names(kind: str, metric: Any, eager:
     distances, found = index.search(points(3, 1), 2, where=torch.tensor([1, 2]))
     assert bool((found == -1).all()) and bool(distances.isinf().all())
     assert index.search(points(3, 1), 2, where=ids[:0])[1].tolist() == [[-1, -1]] * 3
+
+
+@pytest.mark.parametrize("kind", ["HNSW8", "IVF8,Flat"])
+def test_a_few_named_among_many_are_all_found(kind: str) -> None:
+    index, ids, vectors = filled(kind, count=2000, width=1)  # a narrow search would not come by them
+    named = torch.arange(0, 2000, 250)
+    for k in (1, 5):
+        agree(index, {int(ids[i]): vectors[i] for i in named}, points(40, 1), k, index.search(points(40, 1), k, where=ids[named]))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -369,8 +380,8 @@ def test_chunked_torch_finds_what_faiss_finds(metric: Any, block: int, monkeypat
                 assert "torch" in forced.about()["device"]
             assert torch.equal(got[1], expected[1])
             torch.testing.assert_close(got[0], expected[0], atol=1e-4, rtol=0)
-        index.update(ids[7:9], points(2, 5))  # the lengths that torch keeps of the vectors must follow
-        forced.update(ids[7:9], points(2, 5))
+        index.update(ids[7:40], 0.1 * points(33, 5))  # the lengths that torch keeps of the vectors must follow
+        forced.update(ids[7:40], 0.1 * points(33, 5))
         index.remove(ids[30:33])
         forced.remove(ids[30:33])
 
@@ -451,7 +462,8 @@ def test_bad_input_is_named_and_changes_nothing(kind: str, eager: None) -> None:
         after = flatten(index.state())
         assert after[0] == before[0] and all(torch.equal(after[1][name], tensor) for name, tensor in before[1].items()), message
     index.add(new, points(8))
-    assert len(index) == 68
+    index.add(torch.tensor([3, 4]), points(2))
+    assert len(index) == 70
 
 
 def test_a_setting_that_cannot_be_is_refused_when_it_is_set() -> None:
@@ -709,6 +721,8 @@ def test_what_is_removed_is_nowhere_in_what_is_kept(kind: str, monkeypatch: pyte
         needle = sought.numpy().tobytes()
         assert all(needle not in tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
     assert 777_777 not in index.search(mark, 20)[1]
+    if index.flat is not None:  # nor in the room that it has to grow
+        assert mark.numpy().tobytes() not in index.flat.buffer.numpy().tobytes()
     if kind in ("Flat", "IVF2,Flat"):
         agree(index, dict(zip(ids.tolist(), vectors, strict=True)), mark, 20, index.search(mark, 20))
 
@@ -791,7 +805,8 @@ def cut(state: dict[str, Any], name: str) -> None:
 
 def flip(state: dict[str, Any], name: str) -> None:
     state[name] = state[name].clone()
-    state[name].view(-1)[-1] = state[name].view(-1)[-1] + 100
+    place = len(state[name]) // 2 if state[name].dtype == torch.uint8 else -1  # in what FAISS stored: a number that it would believe
+    state[name].view(-1)[place] = state[name].view(-1)[place] + 100
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,209 @@
+"""Time of the vector index against FAISS itself: the same index, the same vectors, with and without what `FeatureIndex` adds to it.
+
+    OMP_NUM_THREADS=1 python tools/bench/memory_index.py [--quick] [--thresholds]
+
+Vectors of 512 dimensions, 1e3 to 1e6 of them: a thousand classes with 24 directions of their own, features as a network makes them (white
+noise has no neighbours, and no approximate index finds them). Searching: 256 queries at once and one alone, 10 neighbours. Adding: all at
+once, and 256 at a time, into an index made for it. The two alternate; the ratio is the median of the ratios of neighbouring runs.
+`auto` is compared with exact search where it has chosen for itself, with its recall. --quick stops at 1e4 vectors. --thresholds prints
+what the choice of `auto` stands on: the cost of exact search, of building, and of finding 95 % of the neighbours, by size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import faiss
+import numpy as np
+import streamcl.memory.index as module
+import torch
+from streamcl.memory.index import Index
+from torch import Tensor
+
+Row = tuple[str, str, float, str]  # what, baseline, ratio, bar
+DIM, QUERIES, BATCH = 512, 256, 256
+SEARCH, ADD = "at most 1.05", "at most 2"
+
+
+def features(count: int, seed: int = 0) -> Tensor:
+    draw = np.random.default_rng(seed)
+    classes, directions = draw.standard_normal((1000, DIM), np.float32), draw.standard_normal((24, DIM), np.float32) / 24**0.5
+    made = np.empty((count, DIM), np.float32)
+    for start in range(0, count, 50_000):
+        part = made[start : start + 50_000]
+        draw.standard_normal(out=part, dtype=np.float32)
+        part *= 0.3
+        part += classes[draw.integers(1000, size=len(part))]
+        part += draw.standard_normal((len(part), 24), np.float32) @ directions
+    return torch.from_numpy(made)
+
+
+def compare(ours: Callable[[], object], raw: Callable[[], object], repeats: int) -> float:
+    """The median of the ratios of runs that follow each other, so that the noise of the machine meets both."""
+    ratios = []
+    for repeat in range(repeats + 1):
+        times = {}
+        for contender in (ours, raw) if repeat % 2 else (raw, ours):
+            started = time.perf_counter()
+            contender()
+            times[contender] = time.perf_counter() - started
+        if repeat:  # the first round warms up
+            ratios.append(times[ours] / times[raw])
+    return statistics.median(ratios)
+
+
+def rows(quick: bool = False) -> list[Row]:
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    try:
+        vectors, queries = features(10_000 if quick else 1_000_000), features(QUERIES, 1)
+        measured = []
+        for count in (1_000, 10_000) if quick else (1_000, 10_000, 100_000, 1_000_000):
+            measured += [*searching("Flat", vectors[:count], queries), *adding("Flat", vectors[:count])]
+        for kind, count in (("HNSW32", 10_000), ("IVF64,Flat", 10_000), ("IVF256,PQ64", 10_000 if quick else 100_000)):
+            measured += [*searching(kind, vectors[:count], queries), *adding(kind, vectors[:count])]
+        return measured if quick else [*measured, *automatic(vectors[:100_000], queries)]
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+def pair(kind: str, vectors: Tensor) -> tuple[Index, faiss.Index]:
+    """Ours and FAISS's own index, both trained on the same vectors and as wide in their search."""
+    ours = Index(DIM, "l2", kind, device="cpu")
+    ours.add(torch.arange(len(vectors)), vectors)
+    ours.search(vectors[:1], 1)  # which settles how far it searches
+    raw = faiss.index_factory(DIM, kind)
+    if not raw.is_trained:
+        raw.train(vectors.numpy())
+    raw.add(vectors.numpy())
+    for name in ("nprobe", "efSearch"):
+        if name in ours.about():
+            faiss.ParameterSpace().set_index_parameter(raw, name, ours.about()[name])
+    return ours, raw
+
+
+def searching(kind: str, vectors: Tensor, queries: Tensor) -> list[Row]:
+    ours, raw = pair(kind, vectors)
+    measured = []
+    for asked in (queries, queries[:1]):
+        one = asked.numpy()
+        repeats = int(min(201, max(5, 4e9 / (len(vectors) * DIM * max(len(asked), 8)))))
+        ratio = compare(lambda asked=asked: ours.search(asked, 10), lambda one=one: raw.search(one, 10), repeats)
+        what = f"{kind}: search of {len(asked)} among {len(vectors):,}"
+        measured.append((what, "the same index of FAISS", ratio, SEARCH if len(asked) > 1 else "-"))
+    return measured
+
+
+def adding(kind: str, vectors: Tensor) -> list[Row]:
+    """Into an empty index; one that must be trained was, on both sides."""
+    ids, whole = torch.arange(len(vectors)), vectors.numpy()
+    ours, raw = pair(kind, vectors)
+
+    def emptied() -> None:
+        ours.remove(ids)
+        raw.reset()
+
+    def add(step: int) -> float:
+        def mine() -> None:
+            for start in range(0, len(ids), step):
+                ours.add(ids[start : start + step], vectors[start : start + step])
+
+        def theirs() -> None:
+            for start in range(0, len(ids), step):
+                raw.add(whole[start : start + step])
+
+        ratios = []
+        for repeat in range(1 + int(min(15, max(3, 5e4 / len(ids))))):
+            if kind == "Flat":  # a new one each time: room that is there already would favour one of them
+                fresh()
+            else:
+                emptied()
+            times = []
+            for contender in (mine, theirs) if repeat % 2 else (theirs, mine):
+                started = time.perf_counter()
+                contender()
+                times.append(time.perf_counter() - started)
+            if repeat:
+                ratios.append(times[0] / times[1] if repeat % 2 else times[1] / times[0])
+        return statistics.median(ratios)
+
+    def fresh() -> None:
+        nonlocal ours, raw
+        ours, raw = Index(DIM, "l2", "Flat", device="cpu"), faiss.IndexFlatL2(DIM)
+
+    baseline = "the same index of FAISS, without ids and checks"
+    measured = [(f"{kind}: adding {len(vectors):,} at once", baseline, add(len(ids)), ADD)]
+    if len(vectors) <= 100_000 and kind == "Flat":
+        measured.append((f"{kind}: adding {len(vectors):,} by {BATCH}", baseline, add(BATCH), ADD))
+    return measured
+
+
+def automatic(vectors: Tensor, queries: Tensor) -> list[Row]:
+    """What `auto` becomes once searches have paid for it."""
+    exact, auto = Index(DIM, "l2", "Flat", device="cpu"), Index(DIM, "l2", device="cpu")
+    for index in (exact, auto):
+        index.add(torch.arange(len(vectors)), vectors)
+    auto.queries = module.AUTO_QUERIES
+    auto.search(queries[:1], 1)
+    about = auto.about()
+    chosen = f"auto ({about['kind']}, recall@10 {about['recall']:.3f})"
+    measured = []
+    for asked in (queries, queries[:1]):
+        ratio = compare(lambda asked=asked: auto.search(asked, 10), lambda asked=asked: exact.search(asked, 10), 7)
+        measured.append((f"{chosen}: search of {len(asked)} among {len(vectors):,}", "exact search", ratio, "below 1"))
+    return measured
+
+
+def thresholds() -> None:
+    """By size: microseconds for a query, and for building an index in queries of a batch."""
+    vectors, queries = features(200_000), features(500, 1)
+    print(f"{'vectors':>8} {'index':14} {'batch':>8} {'alone':>8} {'width':>6} {'recall':>7} {'built for':>10}")
+    for count in (5_000, 20_000, 50_000, 100_000, 200_000):
+        held = vectors[:count]
+        exact = Index(DIM, "l2", "Flat", device="cpu")
+        exact.add(torch.arange(count), held)
+        truth = exact.search(queries, 10)[1]
+        batch = timed(lambda exact=exact: exact.search(queries, 10)) / len(queries)
+        alone = timed(lambda exact=exact: [exact.search(queries[i : i + 1], 10) for i in range(20)]) / 20
+        print(f"{count:8,} {'Flat':14} {batch * 1e6:8.0f} {alone * 1e6:8.0f} {'':6} {1:7.3f} {'':>10}", flush=True)
+        for kind in ("HNSW32,Flat", f"IVF{int(min(4 * count**0.5, count // 39))},Flat"):
+            index = Index(DIM, "l2", kind, device="cpu")
+            started = time.perf_counter()
+            index.add(torch.arange(count), held)
+            index.search(queries[:1], 1)
+            built = (time.perf_counter() - started) / batch
+            found = index.search(queries, 10)[1]
+            recall = float((found[:, :, None] == truth[:, None]).any(dim=2).float().mean())
+            quick = timed(lambda index=index: index.search(queries, 10)) / len(queries)
+            single = timed(lambda index=index: [index.search(queries[i : i + 1], 10) for i in range(20)]) / 20
+            width = index.built.width if index.built else 0
+            print(f"{count:8,} {kind:14} {quick * 1e6:8.0f} {single * 1e6:8.0f} {width:6} {recall:7.3f} {built:10,.0f}", flush=True)
+
+
+def timed(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--thresholds", action="store_true")
+    chosen = parser.parse_args()
+    if chosen.thresholds:
+        thresholds()
+        return
+    print("| what | baseline | ratio | bar |\n| --- | --- | --- | --- |")
+    for what, baseline, ratio, bar in rows(chosen.quick):
+        print(f"| {what} | {baseline} | {ratio:.2f} | {bar} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
