@@ -68,7 +68,10 @@ class Vectors:
             grown = self.buffer.new_empty(max(needed, room), self.buffer.shape[1])
             grown[: self.count] = self.view()
             self.buffer = grown
-        self.buffer[self.count : needed] = values
+        if values.device.type == self.buffer.device.type == "cpu" and values.dtype == self.buffer.dtype:
+            self.buffer.numpy()[self.count : needed] = values.numpy()  # wakes no threads that FAISS would have to wait for
+        else:
+            self.buffer[self.count : needed] = values
         self.count = needed
 
     def put(self, rows: Tensor, values: Tensor) -> None:

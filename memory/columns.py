@@ -17,10 +17,34 @@ def columns(batch: Batch) -> dict[tuple[str, ...], Column]:
     return single | {(field, name): column for field in MORE_COLUMNS for name, column in (getattr(batch, field) or {}).items()}
 
 
+class Growing:
+    """A column that is appended to: `view` is what it holds. A tensor lies in a larger one: each row is copied a few times at most."""
+
+    def __init__(self, column: Column | None = None) -> None:
+        self.view: Column = [] if column is None else column
+        self.room: Tensor | None = None
+        self.begun = column is not None
+
+    def append(self, fresh: Column) -> None:
+        if not self.begun:
+            self.view, self.begun = fresh[:0] if isinstance(fresh, Tensor) else [], True
+        if isinstance(self.view, list):
+            assert isinstance(fresh, list)
+            self.view.extend(fresh)
+            return
+        assert isinstance(fresh, Tensor)
+        count = len(self.view)
+        if self.room is None or len(self.room) < count + len(fresh) or self.room.data_ptr() != self.view.data_ptr():
+            self.room = self.view.new_empty((max(count + len(fresh), 2 * count), *self.view.shape[1:]))
+            self.room[:count] = self.view
+        self.room[count : count + len(fresh)] = fresh
+        self.view = self.room[: count + len(fresh)]
+
+
 def size(column: Column) -> int:
     if isinstance(column, Tensor):
         return column.numel() * column.element_size()
-    return sum(len(str(value).encode()) for value in column)
+    return sum(len(str(value).encode(errors="surrogatepass")) for value in column)
 
 
 def row_size(column: Column) -> int:
@@ -28,9 +52,18 @@ def row_size(column: Column) -> int:
     return column[:1].numel() * column.element_size()
 
 
-def aligned(held: Batch, incoming: Batch) -> tuple[Batch, Batch]:
-    """Both with the same columns, equally wide, so that each can lie where the other does."""
-    if (incoming.extra.keys(), incoming.inputs.keys(), incoming.task is None) != (held.extra.keys(), held.inputs.keys(), held.task is None):
+def sizes_of(batch: Batch) -> Tensor:
+    """The bytes of each sample  # (batch,)"""
+    sizes = torch.zeros(len(batch), dtype=torch.int64)
+    for column in columns(batch).values():
+        sizes += row_size(column) if isinstance(column, Tensor) else torch.tensor([size([value]) for value in column], dtype=torch.int64)
+    return sizes
+
+
+def aligned(held: Batch, incoming: Batch, on_disk: bool = False) -> tuple[Batch, Batch]:
+    """Both with the same columns, equally wide, so that each can lie where the other does; inputs and features that lie on disk aside."""
+    forms = [(b.extra.keys() - {"features"}, set() if on_disk else b.inputs.keys(), b.task is None) for b in (incoming, held)]
+    if forms[0] != forms[1]:
         given, known = (", ".join([*b.inputs, *b.extra, *([] if b.task is None else ["task"])]) for b in (incoming, held))
         raise DataError(f"the samples offered have {given}, and those held have {known}")
     if held.present is not None or incoming.present is not None:
@@ -41,9 +74,10 @@ def aligned(held: Batch, incoming: Batch) -> tuple[Batch, Batch]:
         )
     assert held.target is not None and incoming.target is not None
     held.target, incoming.target = level([held.target, incoming.target])
+    incoming = incoming.replace(extra=dict(incoming.extra))
     for name, column in held.extra.items():
         fresh = incoming.extra[name]
-        if isinstance(column, Tensor) and isinstance(fresh, Tensor):
+        if isinstance(column, Tensor) and isinstance(fresh, Tensor) and name != "features":
             held.extra[name], incoming.extra[name] = level([column, fresh])
     return held, incoming
 

@@ -8,6 +8,7 @@ places, beside what the checkpoints that are kept still name.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from streamcl.errors import RunError
 from streamcl.parts import Part, Parts
 from streamcl.stream import Batch, Column, join, take
 
-from .columns import size
+from .columns import Growing, row_size, size
 
 SEALED = 8 << 20  # bytes of a block
 SHIFT = 32  # a key is the number of a block, shifted, plus the row within it
@@ -41,7 +42,7 @@ class Disk:
         self.blocks: dict[int, dict[str, Any]] = {}  # number -> part, rows, and where each column lies in it
         self.maps: dict[int, np.memmap] = {}
         self.live: dict[int, int] = {}  # records of each block that are held
-        self.open: dict[str, list[Column]] = {}  # the block that is being filled
+        self.open: dict[str, Growing] = {}  # the block that is being filled
         self.number, self.rows, self.bytes = 0, 0, 0  # its number, and what is in it
 
     def store(self, batch: Batch) -> tuple[Batch, Tensor]:
@@ -65,7 +66,8 @@ class Disk:
         count = len(next(iter(columns.values())))
         keys = torch.arange(self.rows, self.rows + count) + (self.number << SHIFT)
         for name, column in columns.items():
-            self.open.setdefault(name, []).append(column)
+            filling = self.open.setdefault(name, Growing())
+            filling.append(column)
             self.bytes += size(column)
         self.rows += count
         self.live[self.number] = self.live.get(self.number, 0) + count
@@ -74,11 +76,8 @@ class Disk:
         return keys
 
     def _filling(self) -> dict[str, Column]:
-        """The records of the block that is being filled, in one piece."""
-        for name, pieces in self.open.items():
-            if len(pieces) > 1:
-                self.open[name] = [join(pieces)]
-        return {name: pieces[0] for name, pieces in self.open.items()}
+        """The records of the block that is being filled."""
+        return {name: column.view for name, column in self.open.items()}
 
     def _seal(self) -> None:
         content, about, at = [], {}, 0
@@ -87,7 +86,7 @@ class Disk:
                 data = column.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
                 about[name] = {"at": at, "dtype": str(column.dtype).removeprefix("torch."), "shape": list(column.shape[1:])}
             else:
-                texts = [str(value).encode() for value in column]
+                texts = [str(value).encode(errors="surrogatepass") for value in column]
                 ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
                 data = ends.tobytes() + b"".join(texts)
                 about[name] = {"at": at, "dtype": "text", "shape": []}
@@ -134,7 +133,9 @@ class Disk:
             if about["dtype"] == "text":
                 ends = content[at : at + 8 * (count + 1)].view(np.int64)
                 first = at + 8 * (count + 1)
-                found[name] = [bytes(content[first + ends[row] : first + ends[row + 1]]).decode() for row in index.tolist()]
+                found[name] = [
+                    bytes(content[first + ends[row] : first + ends[row + 1]]).decode(errors="surrogatepass") for row in index.tolist()
+                ]
             else:
                 dtype = getattr(torch, about["dtype"])
                 width = int(np.prod(about["shape"], dtype=np.int64)) * dtype.itemsize
@@ -152,7 +153,7 @@ class Disk:
 
     def _forget(self, number: int) -> None:
         del self.live[number]
-        self.blocks.pop(number)
+        self.parts.release(self.blocks.pop(number)["part"])
         self.maps.pop(number, None)
 
     def sparse(self) -> list[int]:
@@ -177,6 +178,38 @@ class Disk:
             keys[mine] = self.append(content)
         return keys
 
+    def sizes(self, keys: Tensor) -> Tensor:
+        """The bytes of each record, without reading more than where its texts begin  # (keys,)"""
+        sizes = torch.zeros(len(keys), dtype=torch.int64)
+        rows = keys & ((1 << SHIFT) - 1)
+        for number in (keys >> SHIFT).unique().tolist():
+            mine = (keys >> SHIFT == number).nonzero().squeeze(1)
+            if number == self.number:
+                for column in self._filling().values():
+                    each = row_size(column) if isinstance(column, Tensor) else torch.tensor([size([value]) for value in column])[rows[mine]]
+                    sizes[mine] += each
+                continue
+            count = self.blocks[number]["rows"]
+            for about in self.blocks[number]["columns"].values():
+                if about["dtype"] == "text":
+                    at = about["at"]
+                    ends = torch.from_numpy(np.array(self._map(number)[at : at + 8 * (count + 1)].view(np.int64)))
+                    sizes[mine] += (ends[1:] - ends[:-1])[rows[mine]]
+                else:
+                    sizes[mine] += int(np.prod(about["shape"], dtype=np.int64)) * getattr(torch, about["dtype"]).itemsize
+        return sizes
+
+    def frozen(self) -> Disk:
+        """What can be read now, whatever is appended and dropped from now on."""
+        still = copy.copy(self)
+        still.blocks, still.live = dict(self.blocks), dict(self.live)
+        still.maps = {number: self._map(number) for number in self.blocks}  # a mapped file can be read after it was removed
+        still.open = {
+            name: Growing(column.view.clone() if isinstance(column.view, Tensor) else list(column.view))
+            for name, column in self.open.items()
+        }
+        return still
+
     def nbytes(self) -> int:
         """The records, those in the open block and those on disk (once, though each lies in two places), dead ones among them."""
         return self.bytes + self.on_disk()
@@ -195,7 +228,7 @@ class Disk:
             self.blocks[int(number)] = {**block, "part": Part(block["part"])}
             self.live[int(number)] = 0
         for name, column in state["open"].items():
-            self.open[name] = [column]
+            self.open[name] = Growing(column if isinstance(column, Tensor) else list(column))
             self.rows, self.bytes = len(column), self.bytes + size(column)
         numbers, counts = (keys >> SHIFT).unique(return_counts=True)
         self.live.update(zip(numbers.tolist(), counts.tolist(), strict=True))

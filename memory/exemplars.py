@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from streamcl.errors import ConfigError, DataError
 from streamcl.seeding import generator
 from streamcl.stream import Batch, Column, Dataset, level
 
-from .columns import MORE_COLUMNS, ONE_COLUMN, aligned, columns, overwrite, row_size, size
+from .columns import MORE_COLUMNS, ONE_COLUMN, Growing, aligned, columns, overwrite, row_size, size, sizes_of
 from .disk import Disk
 
 Unit = Literal["samples", "per_class", "bytes"]
@@ -32,8 +32,8 @@ class Share:
 
 class Exemplars:
     """A streaming policy writes offered samples into slots; a ranking policy keeps, of each group, an ordered list of which a smaller
-    share is a prefix. The budget is a number of samples, of samples per class, or of bytes: then as many samples are held as would fit
-    if each were as large as the largest one seen.
+    share is a prefix. The budget is a number of samples, of samples per class, or of bytes. A held sample that is offered again stays
+    where it is, with its new label and values; of several labels those that are not annotated now keep what was known.
     """
 
     def __init__(
@@ -49,19 +49,24 @@ class Exemplars:
         self.budget = 0 if store == "none" else budget
         self.policy, self.unit, self.streaming = policy, unit, policy.streaming
         self.store: str = store
+        self.marks = policy.scored or policy.merges  # whether it goes by a score that is kept with each sample
         self.needs = tuple({*policy.needs, *(("features",) if store in ("features", "both") else ())})
         self.disk = disk  # inputs and features lie there, each under the key in `aside`
         self.generator = generator(seed, "exemplars")
         self.task = 0  # the task that is being learned
-        self.largest = 0  # bytes of the largest sample seen, where the budget is in bytes
+        self.configured = [budget, unit, store, type(policy).__name__.lower(), "disk" if disk is not None else "memory"]
+        self.offered = [0, 0]  # bytes and number of the samples seen, where the budget is in bytes
+        self.too_large = 0  # samples that alone are larger than it
+        self.form: dict[str, list[Any]] = {}  # of the inputs and features: the type and the shape of one sample's
         self.empty()
 
     def empty(self) -> None:
         self.held: Batch | None = None  # every sample held, on the host (without what is on disk of it)
-        self.aside: dict[str, Tensor] = {}  # what the memory notes of each: `arrived` (the task), `groups`, `scores`, `keys`
+        self.aside: dict[str, Tensor] = {}  # what the memory notes of each: `arrived` (the task), `groups`, `scores`, `sizes`, `keys`
         self.row_of: dict[int, int] = {}  # id -> row
         self.id_of: list[int] = []
         self.plain = False  # nothing but tensors and labels is held
+        self.columns: dict[tuple[str, ...], Growing] = {}  # what the columns of `held` and `aside` are the beginnings of
         self.shares: dict[int, Share] = {} if self.unit == "per_class" else {0: Share(self.policy)}
 
     def __len__(self) -> int:
@@ -75,6 +80,8 @@ class Exemplars:
         labels = samples.target if isinstance(samples, Batch) else samples.targets
         if labels is None:
             raise DataError("samples without labels were offered to the exemplar memory")
+        if labels.is_floating_point() or (labels.dim() == 1 and bool((labels < 0).any())):
+            raise DataError("samples were offered with labels that are no class: whole numbers from 0 are wanted")
         ids = samples.ids.tolist()
         if len(set(ids)) < len(ids):
             distinct, counts = samples.ids.unique(return_counts=True)
@@ -117,6 +124,30 @@ class Exemplars:
         values = features.detach().to("cpu", torch.float32)
         return batch.replace(inputs={} if self.store == "features" else batch.inputs, extra={**batch.extra, "features": values})
 
+    def _check_form(self, inputs: Mapping[str, Column], features: Tensor | None, ids: Tensor) -> None:
+        """All samples are of one form, whatever is kept of them."""
+        given: dict[str, Column] = {} if self.store == "features" else dict(inputs)
+        if self.store != "raw" and features is not None:
+            given["features"] = features
+        form: dict[str, list[Any]] = {
+            name: [str(column.dtype).removeprefix("torch."), list(column.shape[1:])] if isinstance(column, Tensor) else ["list", []]
+            for name, column in given.items()
+        }
+        if "features" in form:
+            form["features"][0] = "float32"  # as it is stored
+        if not self.form or self.held is None:
+            self.form = form
+        for name in form if form != self.form and form.keys() == self.form.keys() else ():
+            if form[name] != self.form[name]:
+                now, before = (f"{kind} {shape}" if kind != "list" else "a list" for kind, shape in (form[name], self.form[name]))
+                raise DataError(f"samples were offered (id {int(ids[0])}) whose {name} is {now}, and those held have {before}")
+        if form.keys() != self.form.keys():
+            raise DataError(f"the samples offered have {', '.join(form) or 'no input'}, and those held have {', '.join(self.form)}")
+        if self.disk is not None:
+            for name, column in given.items():
+                if isinstance(column, list) and not all(isinstance(value, str) for value in column):
+                    raise DataError(f"{name} holds what is neither text nor a tensor: memory.disk cannot keep it, memory.disk=false can")
+
     def _noted(self, scores: Tensor | None, count: int) -> Tensor:
         """The number that is noted of each sample; NaN where none was offered."""
         if scores is None:
@@ -134,34 +165,55 @@ class Exemplars:
 
     def _offer(self, batch: Batch, ids: list[int], group: int | None, features: Tensor | None, scores: Tensor | None) -> None:
         assert batch.target is not None
+        self._check_form(batch.inputs, features, batch.ids)
         if group is not None and "groups" not in self.aside and self.held is not None and self.held.target is not None:
             self.aside["groups"] = self._groups(self.held.target, None).clone()
         by_group = self.policy.by_group or self.unit == "per_class" or group is not None or "groups" in self.aside
-        groups = self._groups(batch.target.cpu(), group) if by_group else batch.target
-        if self.policy.scored or scores is not None or "scores" in self.aside:
-            scores = self._noted(scores, len(ids))
-        if self.unit == "bytes":
-            self._measure(self._kept(batch, features))
-        if self.unit != "per_class":
-            places = self._place(self.shares[0], groups, scores).tolist()
-        else:
-            places = [-1] * len(ids)
+        groups = self._groups(batch.target.cpu(), group) if by_group else None
+        scores = self._noted(scores, len(ids)) if self.marks else None
+        sizes = self._sizes(self._kept(batch, features)) if self.unit == "bytes" else None
+        if self.unit == "per_class" and groups is not None:
             self._change_class(batch.ids, groups)
+        back = [n for n, i in enumerate(ids) if i in self.row_of]
+        new = [n for n, i in enumerate(ids) if i not in self.row_of] if back else range(len(ids))
+        if sizes is not None:
+            large = (sizes > self.budget).nonzero().squeeze(1).tolist()
+            self.too_large += len(large)
+            back, new = ([n for n in rows if n not in large] for rows in (back, new))
+        if back:
+            places = [self.row_of[ids[n]] for n in back]
+            self._settle(batch, back, places, groups, features, scores, sizes)
+            for share in self.shares.values():
+                share.slots.version += 1  # a sample may be of another class now
+        if not new:
+            return
+        chosen = torch.tensor(new)
+        mine = scores[chosen] if scores is not None else None
+        of = groups[chosen] if groups is not None else batch.target[chosen.to(batch.target.device)] if len(new) < len(ids) else batch.target
+        if sizes is not None:
+            self.offered = [self.offered[0] + int(sizes[chosen].sum()), self.offered[1] + len(new)]
+        if self.unit != "per_class":
+            places = self._place(self.shares[0], of, mine).tolist()
+        else:
+            places = [-1] * len(new)
             end = len(self)  # rows that are there, or promised to a class before
-            for label in groups.unique().tolist():
+            for label in of.unique().tolist():
                 share = self.shares.setdefault(label, Share(copy.deepcopy(self.policy), []))
-                rows = (groups == label).nonzero().squeeze(1)
-                mine = None if scores is None else scores[rows]
-                slots = self._place(share, groups[rows], mine).tolist()
-                if scores is not None and mine is not None:
-                    scores[rows] = mine
+                rows = (of == label).nonzero().squeeze(1)
+                marks = None if mine is None else mine[rows]
+                slots = self._place(share, of[rows], marks).tolist()
+                if mine is not None and marks is not None:
+                    mine[rows] = marks
                 assert share.rows is not None
                 for row, slot in zip(rows.tolist(), slots, strict=True):
                     if slot >= len(share.rows):
                         share.rows.append(end)
                         end += 1
                     places[row] = share.rows[slot] if slot >= 0 else -1
-        self._settle(batch, ids, places, groups if by_group else None, features, scores)
+        if scores is not None and mine is not None:
+            scores[chosen] = mine
+        self._settle(batch, new, places, groups, features, scores, sizes)
+        self._fit()
 
     def _place(self, share: Share, groups: Tensor, scores: Tensor | None) -> Tensor:
         slots, rows = share.slots, share.rows
@@ -186,28 +238,30 @@ class Exemplars:
         return places
 
     def _settle(
-        self, batch: Batch, ids: list[int], places: list[int], groups: Tensor | None, features: Tensor | None, scores: Tensor | None
+        self,
+        batch: Batch,
+        offered: Sequence[int],
+        places: list[int],
+        groups: Tensor | None,
+        features: Tensor | None,
+        scores: Tensor | None,
+        sizes: Tensor | None,
     ) -> None:
-        """Put samples where they were placed. Few are kept once the memory is full, so this is plain Python: the later of two samples
-        in one place stays, as if they had come one by one, and a sample that came back takes its own place, with its new label and values.
+        """Put these samples of a batch where they were placed. Few are kept once the memory is full, so this is plain Python: the later
+        of two samples in one place stays, as if they had come one by one.
         """
-        held, row_of = len(self), self.row_of
-        rows = {row_of.get(ids[n], place): n for n, place in enumerate(places) if place >= 0}
+        held = len(self)
+        rows = {place: n for n, place in zip(offered, places, strict=True) if place >= 0}
         if not rows:
             return
         order = sorted(rows)
-        if self.policy.by_group and any(row_of.get(ids[n], place) != place for n, place in enumerate(places) if place >= 0):
-            self._disturbed()
         chosen = torch.tensor([rows[place] for place in order])
         incoming = self._kept(batch[chosen], None if features is None else features[chosen.to(features.device)])
         aside = {"arrived": torch.full((len(order),), self.task, dtype=torch.int32)}
-        if groups is not None and (self.policy.by_group or "groups" in self.aside or groups is not batch.target):
-            aside["groups"] = groups[chosen]
-        if scores is not None:
-            aside["scores"] = scores[chosen]
+        for name, noted in (("groups", groups), ("scores", scores), ("sizes", sizes)):
+            if noted is not None and (name != "groups" or self.policy.by_group or name in self.aside or noted is not batch.target):
+                aside[name] = noted[chosen]
         known = sum(place < held for place in order)
-        if self.unit == "per_class" and sum(len(share.rows or ()) for share in self.shares.values()) > held + len(order) - known:
-            self._renumber(order[known:], held)
         order[known:] = range(held, held + len(order) - known)
         self._write(order, known, incoming, aside)
 
@@ -222,20 +276,10 @@ class Exemplars:
             keep[moved] = False
             self._retain(keep)
 
-    def _renumber(self, promised: list[int], held: int) -> None:
-        """Rows that were promised to samples which took places of their own stay free: the shares' rows close up."""
-        row = {place: held + n for n, place in enumerate(promised)}
-        for share in self.shares.values():
-            assert share.rows is not None
-            share.rows = [r if r < held else row[r] for r in share.rows if r < held or r in row]
-            share.slots.version += 1
-
-    def _disturbed(self) -> None:
-        for share in self.shares.values():
-            share.slots.version += 1
-
     def _write(self, rows: list[int], known: int, incoming: Batch, aside: dict[str, Tensor]) -> None:
         """The first `known` rows are overwritten, the others are appended."""
+        if self.held is not None:
+            self.held, incoming = self._levelled(incoming)
         if self.disk is not None:
             incoming, aside["keys"] = self.disk.store(incoming)
             if known:
@@ -243,7 +287,6 @@ class Exemplars:
         if self.held is None:
             self.held, self.aside = incoming, aside
         else:
-            self.held, incoming = aligned(self.held, incoming)
             for name in self.aside.keys() | aside.keys():
                 if name not in self.aside:
                     self.aside[name] = _missing(name, len(self), self.held)
@@ -255,10 +298,42 @@ class Exemplars:
                 for name, column in self.aside.items():
                     column.index_copy_(0, index, aside[name][:known].to(column.dtype))
             if known < len(rows):
-                self.held = Batch.cat([self.held, incoming[known:] if known else incoming])
-                self.aside = {name: torch.cat([column, aside[name][known:].to(column.dtype)]) for name, column in self.aside.items()}
+                self._append(incoming[known:] if known else incoming, {name: column[known:] for name, column in aside.items()})
         self._number(rows, incoming.ids.tolist())
         self._tidy()
+
+    def _levelled(self, incoming: Batch) -> tuple[Batch, Batch]:
+        """What is held and what comes, equally wide; what was known of a sample's labels stays where nothing is said of them now."""
+        held = self._all()
+        wide = sum(row_size(column) for column in columns(held).values() if isinstance(column, Tensor))
+        held, incoming = aligned(held, incoming, self.disk is not None)
+        if "sizes" in self.aside:  # classes came since
+            self.aside["sizes"] += sum(row_size(column) for column in columns(held).values() if isinstance(column, Tensor)) - wide
+        assert held.target is not None and incoming.target is not None
+        if held.target.dim() == 2 and not incoming.target.is_floating_point():
+            back = [(n, self.row_of[i]) for n, i in enumerate(incoming.ids.tolist()) if i in self.row_of]
+            if back:
+                those, rows = (torch.tensor(column) for column in zip(*back, strict=True))
+                now = incoming.target[those]
+                incoming.target = incoming.target.index_copy(0, those, torch.where(now == -1, held.target[rows], now))
+        return held, incoming
+
+    def _append(self, incoming: Batch, aside: dict[str, Tensor]) -> None:
+        held = self._all()
+        here: dict[tuple[str, ...], Column] = {**columns(held), **{("aside", name): column for name, column in self.aside.items()}}
+        fresh: dict[tuple[str, ...], Column] = {**columns(incoming), **{("aside", name): column for name, column in aside.items()}}
+        for key, column in here.items():
+            growing = self.columns.get(key)
+            if growing is None or growing.view is not column:
+                growing = self.columns[key] = Growing(column)
+            more = fresh[key]
+            growing.append(more.to(column.dtype) if isinstance(more, Tensor) and isinstance(column, Tensor) else more)
+            if key[0] == "aside":
+                self.aside[key[1]] = growing.view  # type: ignore[assignment]
+            elif len(key) == 1:
+                setattr(held, key[0], growing.view)
+            else:
+                getattr(held, key[0])[key[1]] = growing.view
 
     def _tidy(self) -> None:
         if self.disk is not None and (numbers := self.disk.sparse()):
@@ -301,19 +376,25 @@ class Exemplars:
 
     # -- budgets in bytes -------------------------------------------------------------------------------------------------------
 
-    def _measure(self, batch: Batch) -> None:
-        """Note how large the largest of these samples is."""
-        fixed = sum(row_size(column) for column in columns(batch).values() if isinstance(column, Tensor))
-        lists = [[len(str(value).encode()) for value in column] for column in columns(batch).values() if isinstance(column, list)]
-        text = max((sum(sizes) for sizes in zip(*lists, strict=True)), default=0)
-        noted = sum(row_size(_missing(name, 1, batch)) for name in ("arrived", "groups", "scores"))
-        self.largest = max(self.largest, fixed + text + noted)
+    def _sizes(self, batch: Batch) -> Tensor:
+        """The bytes of each of these samples, with what is noted of it."""
+        names = [
+            "arrived",
+            "sizes",
+            *(["groups"] if self.policy.by_group or not self.streaming else []),
+            *(["scores"] if self.marks else []),
+        ]
+        return sizes_of(batch) + sum(row_size(_missing(name, 1, batch)) for name in names)
 
     def _capacity(self) -> int:
-        capacity = self.budget // self.largest
-        if capacity == 0:
-            raise ConfigError(f"memory.exemplars is {self.budget} bytes, and one sample takes {self.largest}: give it more")
-        return capacity
+        """As many samples as fit, as large as those seen are on the average."""
+        total, count = self.offered
+        return max(1, self.budget * count // max(1, total))
+
+    def _fit(self) -> None:
+        """Samples go until what is held fits into the budget."""
+        while self.unit == "bytes" and self.held is not None and (over := int(self.aside["sizes"].sum()) - self.budget) > 0:
+            self._evict(self.shares[0], min(len(self), max(1, over * len(self) // int(self.aside["sizes"].sum()))))
 
     # -- ranking ----------------------------------------------------------------------------------------------------------------
 
@@ -325,7 +406,8 @@ class Exemplars:
         fresh = of.unique().tolist()
         groups = len(lists.keys() | set(fresh))
         if self.unit == "bytes":
-            self._measure(self._kept(samples[torch.tensor([0])], None if features is None else features[:1]))
+            first = self._sizes(self._kept(samples[torch.tensor([0])], None if features is None else features[:1]))
+            self.offered = [self.offered[0] + int(first[0]), self.offered[1] + 1]
         quota = self._quota(groups)
         back = torch.isin(self.held.ids, samples.ids.cpu()) if self.held is not None else torch.zeros(0, dtype=torch.bool)
         chosen: dict[int, Tensor] = {}
@@ -345,31 +427,33 @@ class Exemplars:
         every, noted, before = self.held, self.aside, len(self)
         if len(picked):  # else those that are held are preferred to all of these
             incoming = self._kept(samples[picked], None if features is None else features[picked.to(features.device)])
-            if self.unit == "bytes":
-                self._measure(incoming)
-                quota = self._quota(groups)
+            self._check_form(incoming.inputs, incoming.extra.get("features"), incoming.ids)  # type: ignore[arg-type]
             fresh_notes = {
                 "arrived": torch.full((len(picked),), self.task, dtype=torch.int32),
                 "groups": of[picked],
             }
-            if marks is not None or "scores" in noted:
+            if self.marks:
                 fresh_notes["scores"] = self._noted(None if marks is None else marks[picked.to(marks.device)], len(picked))
+            if self.unit == "bytes":
+                fresh_notes["sizes"] = self._sizes(incoming)
+                self.offered = [self.offered[0] + int(fresh_notes["sizes"].sum()), self.offered[1] + len(picked)]
+            if every is not None:
+                every, incoming = self._levelled(incoming)
+                noted = self.aside
             if self.disk is not None:
                 incoming, fresh_notes["keys"] = self.disk.store(incoming)
-            every = incoming if every is None else Batch.cat(list(aligned(every, incoming)))
-            if before and "scores" in fresh_notes and "scores" not in noted:
-                noted = {**noted, "scores": self._noted(None, before)}
+            every = incoming if every is None else Batch.cat([every, incoming])
             noted = {name: torch.cat([noted[name], column]) if before else column for name, column in fresh_notes.items()}
         assert every is not None
         place = {row: before + n for n, row in enumerate(picked.tolist())}
-        kept: list[int] = []
+        lined_up: list[list[int]] = []
         for label in sorted(lists.keys() | chosen.keys()):
             if label in chosen:
                 rows_of = [place[row] if row >= 0 else -1 - row for row in chosen[label].tolist()]
             else:  # a sample that came back is judged anew, under the label that it has now
                 rows_of = lists[label][~back[lists[label]]].tolist()
-            kept += rows_of[:quota]
-        index = torch.tensor(kept, dtype=torch.int64)
+            lined_up.append(rows_of)
+        index = self._within(lined_up, quota, noted.get("sizes"))
         if self.disk is not None:
             gone = torch.ones(len(every), dtype=torch.bool)
             gone[index] = False
@@ -377,6 +461,16 @@ class Exemplars:
         self.held, self.aside = every[index], {name: column[index] for name, column in noted.items()}
         self._number()
         self._tidy()
+
+    def _within(self, lined_up: list[list[int]], quota: int, sizes: Tensor | None) -> Tensor:
+        """The first `quota` rows of each group, fewer where they are too large for the budget together."""
+        while True:
+            index = torch.tensor([row for rows in lined_up for row in rows[:quota]], dtype=torch.int64)
+            if self.unit != "bytes" or sizes is None or (total := int(sizes[index].sum())) <= self.budget:
+                return index
+            if quota == 1:
+                raise ConfigError(f"memory.exemplars is {self.budget} bytes, and one sample of each class takes {total}: give it more")
+            quota = max(1, min(quota - 1, quota * self.budget // total))
 
     def _trim(self, quota: int) -> None:
         """Each group keeps its first `quota`."""
@@ -433,6 +527,10 @@ class Exemplars:
 
     def _draw(self, count: int, generator: torch.Generator | None) -> Tensor:
         held = len(self)
+        if held > 50_000 and count < held // 100:  # a permutation of all would take longer than all that is done with a few
+            drawn = torch.randint(held, (count + count // 10 + 10,), generator=generator).unique()
+            if len(drawn) >= count:
+                return drawn[torch.randperm(len(drawn), generator=generator)[:count]]
         chosen = torch.randperm(held, generator=generator)
         if count < held:
             return chosen[:count]
@@ -441,18 +539,20 @@ class Exemplars:
     def dataset(self) -> Dataset:
         held = self._all()
         if self.disk is not None:
-            return OnDisk(held[:], self.aside["keys"].clone(), self.disk)
+            return OnDisk(held[:], self.aside["keys"].clone(), self.disk.frozen())
         if self.streaming or held.extra:  # else it is only ever replaced as a whole
             held = held[:]
         assert held.target is not None
         return ArrayDataset(held.inputs, held.target, held.ids, held.present, held.extra)
 
-    def of(self, label: int) -> Batch:
+    def of(self, label: int, most: int | None = None) -> Batch:
         target = self._all().target
         assert target is not None
         if target.dim() == 1:
-            return self._take((target == label).nonzero().squeeze(1))
-        return self._take((target[:, label] == 1).nonzero().squeeze(1) if label < target.shape[1] else torch.zeros(0, dtype=torch.int64))
+            rows = (target == label).nonzero().squeeze(1)
+        else:
+            rows = (target[:, label] == 1).nonzero().squeeze(1) if label < target.shape[1] else torch.zeros(0, dtype=torch.int64)
+        return self._take(rows[:most])
 
     def classes(self) -> dict[int, int]:
         if self.held is None or self.held.target is None:
@@ -472,15 +572,25 @@ class Exemplars:
             return
         rows, source = (torch.tensor(column) for column in zip(*pairs, strict=True))
         for name, values in columns.items():
+            if len(values) != len(ids):
+                raise DataError(f"{len(values)} {name} were given for {len(ids)} samples")
             if name == "scores":
-                self.aside.setdefault("scores", torch.full((len(self),), torch.nan, dtype=torch.float64))
+                if not self.marks:
+                    raise DataError(f"the selection policy {type(self.policy).__name__.lower()} keeps no scores")
                 self.aside["scores"][rows] = values.detach().cpu().double()[source]
                 continue
             column = self.held.extra.get(name)
             if not isinstance(column, Tensor):
-                raise DataError(f"the exemplars carry no column {name!r}")
+                on_disk = self.disk is not None and name == "features"
+                raise DataError(f"the exemplars carry no column {name!r}" + (" in memory: offer the samples anew" if on_disk else ""))
+            before = row_size(column)
             column, fresh = level([column, values.detach().to("cpu", column.dtype)])
+            if column.shape[1:] != fresh.shape[1:] or (name == "features" and row_size(column) != before):
+                raise DataError(f"{name} of {list(values.shape[1:])} cannot replace {name} of {list(self.held.extra[name].shape[1:])}")  # type: ignore[union-attr]
             self.held.extra[name] = column.index_copy_(0, rows, fresh.index_select(0, source))
+            if "sizes" in self.aside:
+                self.aside["sizes"] += row_size(column) - before
+        self._fit_all()
 
     def remove(self, ids: Tensor) -> int:
         if self.held is None:
@@ -511,17 +621,31 @@ class Exemplars:
         self._number()
         self._tidy()
 
+    def _fit_all(self) -> None:
+        if self.streaming:
+            self._fit()
+        elif self.unit == "bytes" and self.held is not None:
+            keep = torch.zeros(len(self), dtype=torch.bool)
+            keep[self._within([rows.tolist() for rows in self._lists().values()], len(self), self.aside["sizes"])] = True
+            if not bool(keep.all()):
+                self._retain(keep)
+
     def resize(self, budget: int) -> None:
-        self.budget = 0 if self.store == "none" else budget
+        if self.store == "none":
+            return
+        if not self.streaming and self.unit == "samples" and 0 < budget < len(self._lists()):
+            raise ConfigError(f"a budget of {budget} is less than one sample for each of the {len(self._lists())} classes")
+        self.budget = budget
         if self.budget == 0:
             self._retain(torch.zeros(len(self), dtype=torch.bool)) if self.held is not None else None
+        elif self.unit == "bytes":
+            self._fit_all()
         elif self.held is not None and not self.streaming:
             self._trim(self._quota(len(self._lists())))
         elif self.held is not None:
             for share in self.shares.values():
-                most = self.budget if self.unit != "bytes" else self._capacity()
-                share.slots.budget = most
-                over = (len(self) if share.rows is None else len(share.rows)) - most
+                share.slots.budget = self.budget
+                over = (len(self) if share.rows is None else len(share.rows)) - self.budget
                 if over > 0:
                     self._evict(share, over)
 
@@ -537,6 +661,7 @@ class Exemplars:
             "unit": self.unit,
             "store": self.store,
             "samples": len(self),
+            "too_large": self.too_large,
             "bytes": self.nbytes(),
             "bytes_on_disk": 0 if self.disk is None else self.disk.on_disk(),
             "classes": classes,
@@ -547,10 +672,7 @@ class Exemplars:
         """The bytes of each sample  # (held,)"""
         if self.held is None:
             return torch.zeros(0, dtype=torch.int64)
-        sizes = torch.zeros(len(self), dtype=torch.int64)
-        for column in columns(self._take(torch.arange(len(self))) if self.disk is not None else self.held).values():
-            sizes += row_size(column) if isinstance(column, Tensor) else torch.tensor([len(str(value).encode()) for value in column])
-        return sizes
+        return sizes_of(self.held) + (0 if self.disk is None else self.disk.sizes(self.aside["keys"]))
 
     def nbytes(self) -> int:
         if self.held is None:
@@ -567,7 +689,10 @@ class Exemplars:
             "held": fields,
             "aside": self.aside,
             "budget": self.budget,
-            "largest": self.largest,
+            "configured": self.configured,
+            "offered": self.offered,
+            "too_large": self.too_large,
+            "form": self.form,
             "disk": None if self.disk is None else self.disk.state(),
             "shares": [
                 [label, share.slots.seen, dict(share.slots.seen_of), share.rows, share.policy.state()]
@@ -576,15 +701,16 @@ class Exemplars:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` returned; under a budget that was changed since, as far as it goes."""
+        for option, was, now in zip(("unit", "store", "select", "disk"), state["configured"][1:], self.configured[1:], strict=True):
+            if was != now:
+                raise ConfigError(f"memory.{option} was {was} when this run was begun, and is {now}: set it back, or begin a new run")
         self.empty()
         self.generator.set_state(state["generator"])
         self.held = None if state["held"] is None else Batch(**state["held"])
         self.aside = dict(state["aside"])
-        self.budget, self.largest = int(state["budget"]), int(state["largest"])
-        if (self.disk is None) != (state["disk"] is None):
-            raise ValueError(
-                "the exemplars were kept " + ("in memory" if state["disk"] is None else "on disk") + ": memory.disk has changed"
-            )
+        self.offered, self.too_large = list(state["offered"]), state["too_large"]
+        self.form = {name: list(form) for name, form in state["form"].items()}
         if self.disk is not None:
             self.disk.restore(state["disk"], self.aside.get("keys", torch.zeros(0, dtype=torch.int64)))
         for label, seen, seen_of, rows, inner in state["shares"]:
@@ -593,6 +719,9 @@ class Exemplars:
             share.rows = None if rows is None else list(rows)
             share.policy.restore(inner)
         self._number()
+        configured, self.budget = self.budget, int(state["budget"])
+        if self.configured[0] != state["configured"][0]:
+            self.resize(configured)
 
 
 class OnDisk(MapDataset):
@@ -613,4 +742,4 @@ def _missing(name: str, count: int, batch: Batch) -> Tensor:
         return torch.zeros(count, dtype=torch.int64) if batch.target is None or batch.target.dim() > 1 else batch.target[:count].clone()
     if name == "scores":
         return torch.full((count,), torch.nan, dtype=torch.float64)
-    return torch.zeros(count, dtype=torch.int32)
+    return torch.zeros(count, dtype=torch.int32 if name == "arrived" else torch.int64)

@@ -511,6 +511,7 @@ class Index:
         self.dim, self.metric, self.float16, self.log, self.width = dim, metric, float16, log, width
         self.kind = kind if kind == "auto" else _plain(kind)
         self.asked = str(device)
+        self.most = (LONGEST / dim) ** 0.5  # no vector of smaller values is too long
         self.adaptive = kind == "auto" and self.asked != "all"
         self.device: torch.device | None = None  # until the first vectors come
         self.rows = Rows()
@@ -604,19 +605,24 @@ class Index:
         if values.dtype != torch.float32 or (values.device != self.device and self.device is not None):
             values = values.to(self.device or values.device, torch.float32)
         values = values.contiguous()
-        line = values.view(-1)
-        # One pass: the sum of squares is not below the limit where a value is NaN, infinite, or too large.
-        fine = float(torch.dot(line, line) if line.shape[0] < 2**31 else values.square().sum()) < LONGEST
+        # On a CPU in NumPy: torch's threads, once woken, spin for a while and would halve what FAISS's threads get done after them.
+        numbers = values.numpy() if values.device.type == "cpu" else values
+        fine = not len(numbers) or bool((numbers.max() < self.most) & (numbers.min() > -self.most))  # not so where a value is NaN
         if not fine:
             self._refuse(values, keys)
-        if self.metric == "cosine":
+        return self._unit(values, numbers, fine) if self.metric == "cosine" and len(numbers) else values
+
+    def _unit(self, values: Tensor, numbers: np.ndarray | Tensor, fine: bool) -> Tensor:
+        """Rows of length one."""
+        if isinstance(numbers, np.ndarray):
+            lengths: Any = np.sqrt(np.einsum("ij,ij->i", numbers, numbers))[:, None] if fine else None
+        else:
             lengths = torch.linalg.vector_norm(values, dim=1, keepdim=True)
-            if not fine or float(lengths.min() if len(lengths) else 1) < 1e-15:  # too long or too short to be squared in float32
-                precise = values.double()
-                lengths = torch.linalg.vector_norm(precise, dim=1, keepdim=True)
-                return (precise / torch.where(lengths > 0, lengths, 1)).float()
-            return values / lengths
-        return values
+        if not fine or float(lengths.min()) < 1e-15:  # too long or too short to be squared in float32
+            precise = values.double()
+            lengths = torch.linalg.vector_norm(precise, dim=1, keepdim=True)
+            return (precise / torch.where(lengths > 0, lengths, 1)).float()
+        return torch.from_numpy(numbers / lengths) if isinstance(numbers, np.ndarray) else values / lengths
 
     def _refuse(self, values: Tensor, keys: np.ndarray | None) -> None:
         """Name the vectors that are not finite, or so long that distances to them are not."""

@@ -6,12 +6,13 @@ from the other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from streamcl.errors import RunError
+from streamcl.errors import DiskError, RunError
 from streamcl.writing import disk_error
 
 PLACES = ("parts", "copies")
@@ -27,7 +28,7 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.written = 0  # bytes, by this object
-        self._whole: set[str] = set()  # those whose both places this object has seen or written
+        self._whole: set[str] = set()  # those that this object has written, or whose content it has checked, in both places
 
     def path(self, name: str, place: str = PLACES[0]) -> Path:
         return self.folder / place / name
@@ -35,16 +36,18 @@ class Parts:
     def put(self, content: bytes | memoryview) -> Part:
         """Write it in both places, each whole or not at all, where it does not lie already."""
         name = Part(hashlib.sha256(content).hexdigest())
-        if name in self._whole:
-            return name
         size = content.nbytes if isinstance(content, memoryview) else len(content)
         for place in PLACES:
             path = self.path(name, place)
-            if not path.is_file() or path.stat().st_size != size:
+            if not (path.is_file() if name in self._whole else _sum(path) == name):  # what lies there may be damaged
                 self._write(path, content)
                 self.written += size
         self._whole.add(name)
         return name
+
+    def release(self, name: str) -> None:
+        """This part is not needed here any more; it goes when no checkpoint names it."""
+        self._whole.discard(name)
 
     def _write(self, path: Path, content: bytes | memoryview) -> None:
         aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
@@ -64,7 +67,8 @@ class Parts:
         bad = [place for place in PLACES if _sum(self.path(name, place)) != name]
         good = next((self.path(name, place) for place in PLACES if place not in bad), None)
         for place in bad if good and os.access(self.folder, os.W_OK) else ():
-            self._write(self.path(name, place), good.read_bytes())  # type: ignore[union-attr]
+            with contextlib.suppress(DiskError):  # a full disk: what was to be read is there all the same
+                self._write(self.path(name, place), good.read_bytes())  # type: ignore[union-attr]
         return good
 
     def read(self, name: str) -> bytes:

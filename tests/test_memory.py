@@ -294,7 +294,7 @@ def test_columns_of_fewer_classes_are_widened_when_more_come() -> None:
     exemplars.add(batch([1, 2, 3], logits=torch.ones(3, 2)).replace(target=torch.tensor([[1, 0], [0, 1], [1, 1]])))
     exemplars.add(batch([2, 4], logits=torch.full((2, 3), 2.0)).replace(target=torch.tensor([[0, 0, 1], [1, 0, 1]])))
     exemplars.add(batch([3], logits=torch.full((1, 1), 3.0)).replace(target=torch.tensor([[1]])))
-    assert exemplars.held.target.tolist() == [[1, 0, -1], [0, 0, 1], [1, -1, -1], [1, 0, 1]]
+    assert exemplars.held.target.tolist() == [[1, 0, -1], [0, 0, 1], [1, 1, -1], [1, 0, 1]]  # what was known of a label stays
     logits = exemplars.held.extra["logits"]
     assert logits.nan_to_num(-9).tolist() == [[1, 1, -9], [2, 2, 2], [3, -9, -9], [2, 2, 2]]
     exemplars.replace(torch.tensor([1, 99]), logits=torch.full((2, 4), 5.0, dtype=torch.bfloat16))

@@ -13,6 +13,7 @@ from streamcl.memory import disk as disk_module
 from streamcl.memory.disk import Disk
 from streamcl.memory.exemplars import Exemplars
 
+from streamcl.checkpoint import Checkpoints
 from streamcl.contracts import SelectionPolicy
 from streamcl.errors import ConfigError, DataError
 from streamcl.plugins import find
@@ -74,6 +75,7 @@ def test_any_sequence_of_calls_keeps_every_promise_in_memory_and_on_disk(steps: 
 
     plain, twin, next_id = made(False), made(True), 0
     gone: set[int] = set()
+    said: dict[int, int] = {}  # the last label that was offered of each sample
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(disk_module, "SEALED", 150)
         for what, count, extra in steps:
@@ -81,10 +83,12 @@ def test_any_sequence_of_calls_keeps_every_promise_in_memory_and_on_disk(steps: 
             for exemplars in (plain, twin):
                 if what == "add":
                     exemplars.add(**offered(list(range(next_id, next_id + count)), label_of))
+                    said |= dict(zip(range(next_id, next_id + count), label_of, strict=True))
                 elif what == "again" and next_id:  # samples that were offered before, some under another label
                     ids = sorted({(n * 7 + extra) % next_id for n in range(count)} - gone)
                     if ids:
                         exemplars.add(**offered(ids, [(i + extra) % 4 for i in ids]))
+                        said |= {i: (i + extra) % 4 for i in ids}
                 elif what == "remove" and next_id:
                     ids = [(n * 5 + extra) % next_id for n in range(count)]
                     before = set() if exemplars.held is None else set(exemplars.held.ids.tolist())
@@ -104,6 +108,7 @@ def test_any_sequence_of_calls_keeps_every_promise_in_memory_and_on_disk(steps: 
             one, other = whole(plain), whole(twin)
             assert (one is None) == (other is None)
             if one is not None and other is not None:
+                assert [said[i] for i in one.ids.tolist()] == one.target.tolist()  # type: ignore[union-attr]  # the label that came last
                 assert one.ids.tolist() == other.ids.tolist() and one.target.tolist() == other.target.tolist()  # type: ignore[union-attr]
                 assert not gone & set(one.ids.tolist())
             limit = plain.budget
@@ -172,7 +177,7 @@ def test_nothing_of_a_sample_is_kept_where_nothing_may_be() -> None:
 def test_features_alone_hold_no_input_and_do_not_join_a_raw_batch() -> None:
     exemplars = Exemplars(8, policy("reservoir"), 0, store="features")
     exemplars.add(**offered([1, 2], [0, 1]))
-    assert exemplars.sample(2).inputs == {} and exemplars.nbytes() == 2 * (8 + 8 + 3 * 4 + 4 + 8)
+    assert exemplars.sample(2).inputs == {} and exemplars.nbytes() == 2 * (8 + 8 + 3 * 4 + 4)
     with pytest.raises(DataError, match=r"memory.store is features: its samples have no raw inputs"):
         exemplars.join(batch([5], [0]), 1)
     with pytest.raises(DataError, match=r"memory.store is features, and samples were offered without their features"):
@@ -180,12 +185,20 @@ def test_features_alone_hold_no_input_and_do_not_join_a_raw_batch() -> None:
 
 
 def test_a_budget_in_bytes_holds_what_fits_and_no_more() -> None:
-    exemplars = Exemplars(100 * (3 * 4 + 3 + 8 + 8 + 4 + 8 + 8), policy("reservoir"), 0, unit="bytes")
+    exemplars = Exemplars(100 * (3 * 4 + 4 + 8 + 8 + 4 + 8), policy("reservoir"), 0, unit="bytes")
     for start in range(100, 900, 50):
         exemplars.add(batch(list(range(start, start + 50)), [0] * 50))
-    assert 90 <= len(exemplars) <= 100 and exemplars.nbytes() <= exemplars.budget
-    with pytest.raises(ConfigError, match=r"memory.exemplars is 10 bytes, and one sample takes \d+: give it more"):
-        Exemplars(10, policy("reservoir"), 0, unit="bytes").add(batch([1], [0]))
+    assert len(exemplars) == 100 and exemplars.nbytes() == exemplars.budget  # x, text, label, id, task and size
+    one = batch([1000], [0])
+    one.inputs["text"] = ["long" * 2000]
+    exemplars.add(one)  # alone larger than the budget: it is left out, and counted
+    assert len(exemplars) == 100 and exemplars.about()["too_large"] == 1
+    one.inputs["text"], one.ids = ["long" * 300], torch.tensor([1001])
+    for _ in range(30):
+        exemplars.add(one)
+    for start in range(2000, 3000, 50):
+        exemplars.add(batch(list(range(start, start + 50)), [0] * 50))
+    assert 60 <= len(exemplars) <= 100 and exemplars.nbytes() <= exemplars.budget  # one long sample does not empty it for good
 
 
 def test_bad_features_and_scores_are_named_by_the_samples_ids() -> None:
@@ -234,3 +247,104 @@ def test_a_damaged_block_is_read_from_its_copy(tmp_path: Path, monkeypatch: pyte
     exemplars.disk.maps.clear()  # type: ignore[union-attr]
     assert whole(exemplars) is not None
     assert file.read_bytes() == (tmp_path / "copies" / file.name).read_bytes()  # and mended
+
+
+def test_a_held_sample_that_comes_back_has_its_new_label_wherever_the_policy_would_have_put_it() -> None:
+    exemplars = Exemplars(10, policy("reservoir"), 0)
+    exemplars.add(batch(list(range(1000)), [0] * 1000))
+    exemplars.add(batch(exemplars.held.ids.tolist(), [7] * 10))  # type: ignore[union-attr]
+    assert exemplars.classes() == {7: 10}
+
+
+def test_labels_that_are_not_annotated_now_keep_what_was_known() -> None:
+    exemplars = Exemplars(10, policy("reservoir"), 0)
+    exemplars.add(Batch({"x": torch.zeros(2, 1)}, torch.tensor([[1, 0], [0, 1]]), torch.arange(2)))
+    exemplars.add(Batch({"x": torch.zeros(2, 1)}, torch.tensor([[-1, -1, 1], [-1, 0, 0]]), torch.arange(2)))
+    assert exemplars.held.target.tolist() == [[1, 0, 1], [0, 0, 0]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_samples_of_another_form_are_refused_and_change_nothing(on_disk: bool) -> None:
+    exemplars = Exemplars(8, policy("reservoir"), 0, store="both", disk=Disk() if on_disk else None)
+    exemplars.add(**offered([1, 2], [0, 1]))
+    with pytest.raises(DataError, match=r"samples were offered \(id 5\) whose x is float32 \[4\], and those held have float32 \[3\]"):
+        exemplars.add(batch([5], [0], width=4), features=torch.ones(1, 3))
+    with pytest.raises(DataError, match=r"whose features is float32 \[5\], and those held have float32 \[3\]"):
+        exemplars.add(batch([5], [0]), features=torch.ones(1, 5))
+    other = batch([5], [0])
+    other.inputs["x"] = other.inputs["x"].to(torch.uint8)  # type: ignore[union-attr]
+    with pytest.raises(DataError, match=r"whose x is uint8 \[3\]"):
+        exemplars.add(other, features=torch.ones(1, 3))
+    with pytest.raises(DataError, match="the samples offered have y, features, and those held have x, text, features"):
+        exemplars.add(Batch({"y": torch.zeros(1, 3)}, torch.zeros(1, dtype=torch.int64), torch.tensor([5])), features=torch.ones(1, 3))
+    with pytest.raises(DataError, match="labels that are no class"):
+        exemplars.add(batch([5], [-1]), features=torch.ones(1, 3))
+    held = whole(exemplars)
+    assert held is not None and sorted(held.ids.tolist()) == [1, 2] and exemplars.shares[0].slots.seen == 2
+
+
+def test_disk_keeps_text_of_any_kind_and_refuses_what_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_module, "SEALED", 1)
+    exemplars = Exemplars(8, policy("reservoir"), 0, disk=Disk())
+    texts = ["", "\ud800 alone", "größer\n"]
+    exemplars.add(Batch({"t": texts}, torch.zeros(3, dtype=torch.int64), torch.arange(3)))
+    assert exemplars._take(torch.arange(3)).inputs["t"] == texts
+    with pytest.raises(DataError, match="t holds what is neither text nor a tensor"):
+        exemplars.add(Batch({"t": [None]}, torch.zeros(1, dtype=torch.int64), torch.tensor([9])))
+
+
+def test_a_data_set_on_disk_is_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_module, "SEALED", 500)
+    exemplars = Exemplars(20, policy("ring"), 0, disk=Disk())
+    exemplars.add(batch(list(range(20)), [0] * 20))
+    snapshot = exemplars.dataset()
+    exemplars.add(batch(list(range(20, 60)), [0] * 40))
+    assert snapshot[torch.arange(20)].inputs["text"] == [f"n{i}" for i in range(20)]
+
+
+def test_a_block_that_was_let_go_and_comes_again_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_module, "SEALED", 100)
+    exemplars = Exemplars(10, policy("ring"), 0, disk=Disk(tmp_path))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for start in (0, 10, 0):
+        exemplars.add(batch(list(range(start, start + 10)), [0] * 10))
+        checkpoints.save({"memory": exemplars.state()})
+    assert Checkpoints(tmp_path).load(pytest.fail) is not None and whole(exemplars) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit": "per_class"}, "memory.unit was samples when this run was begun, and is per_class"),
+        ({"store": "both"}, "memory.store was raw when this run was begun, and is both"),
+        ({"disk": Disk()}, "memory.disk was memory when this run was begun, and is disk"),
+        ({"policy": policy("ring")}, "memory.select was reservoir when this run was begun, and is ring"),
+    ],
+    ids=["unit", "store", "disk", "select"],
+)
+def test_an_option_that_was_changed_since_is_named(changes: dict[str, Any], message: str) -> None:
+    one = Exemplars(8, policy("reservoir"), 0)
+    one.add(batch([1], [0]))
+    with pytest.raises(ConfigError, match=message):
+        Exemplars(8, **{"policy": policy("reservoir"), "seed": 0, **changes}).restore(one.state())
+
+
+def test_a_budget_that_was_changed_since_holds_from_there_on() -> None:
+    one = Exemplars(8, policy("herding"), 0)
+    one.add(**offered(list(range(20)), [i % 2 for i in range(20)]))
+    fewer, more = Exemplars(4, policy("herding"), 0), Exemplars(20, policy("herding"), 0)
+    for other in (fewer, more):
+        other.restore(one.state())
+    assert fewer.classes() == {0: 2, 1: 2} and fewer.of(0).ids.tolist() == one.of(0).ids.tolist()[:2]
+    assert more.classes() == {0: 4, 1: 4} and more.budget == 20
+
+
+def test_filling_a_memory_copies_each_sample_a_few_times_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    exemplars, copied = Exemplars(4000, policy("reservoir"), 0), 0
+    before = 0
+    for start in range(0, 4000, 20):
+        exemplars.add(Batch({"x": torch.zeros(20, 4)}, torch.zeros(20, dtype=torch.int64), torch.arange(start, start + 20)))
+        place = exemplars.held.inputs["x"].data_ptr()  # type: ignore[union-attr]
+        copied += len(exemplars) if place != before else 0
+        before = place
+    assert copied < 3 * 4000

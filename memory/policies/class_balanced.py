@@ -32,7 +32,7 @@ class ClassBalanced(SelectionPolicy):
 
     def __init__(self) -> None:
         self.members: dict[int, list[int]] = {}  # the slots of each class, in order
-        self.sizes = Sizes()
+        self.sizes = _Sizes()
         self.made_for = (-1, -1)  # the version and the number of the samples that the tables stand for
 
     def place(self, groups: Tensor, scores: Tensor | None, slots: Slots, generator: torch.Generator) -> Tensor:
@@ -90,13 +90,13 @@ class ClassBalanced(SelectionPolicy):
         order, starts, _ = runs(groups)
         parts = np.split(order, starts[1:])
         self.members = {int(groups[part[0]]): part.tolist() for part in parts if len(part)}
-        self.sizes = Sizes({label: len(members) for label, members in self.members.items()})
+        self.sizes = _Sizes({label: len(members) for label, members in self.members.items()})
 
     def evict(self, count: int, slots: Slots, generator: torch.Generator) -> Tensor:
         return from_largest(slots.groups, torch.randperm(slots.held, generator=generator), count)
 
 
-class Sizes:
+class _Sizes:
     """How many samples each group holds, with the largest groups at hand."""
 
     def __init__(self, of: dict[int, int] | None = None) -> None:

@@ -90,7 +90,7 @@ def searching(kind: str, vectors: Tensor, queries: Tensor) -> list[Row]:
     measured = []
     for asked in (queries, queries[:1]):
         one = asked.numpy()
-        repeats = int(min(201, max(5, 4e9 / (len(vectors) * DIM * max(len(asked), 8)))))
+        repeats = int(min(201, max(5, 2e9 / (len(vectors) * DIM * max(len(asked), 8)))))
         ratio = compare(lambda asked=asked: ours.search(asked, 10), lambda one=one: raw.search(one, 10), repeats)
         what = f"{kind}: search of {len(asked)} among {len(vectors):,}"
         measured.append((what, "the same index of FAISS", ratio, SEARCH if len(asked) > 1 else "-"))
@@ -116,7 +116,7 @@ def adding(kind: str, vectors: Tensor) -> list[Row]:
                 raw.add(whole[start : start + step])
 
         ratios = []
-        for repeat in range(1 + int(min(15, max(3, 5e4 / len(ids))))):
+        for repeat in range(1 + int(min(15, max(3, 2e4 / len(ids))))):
             if kind == "Flat":  # a new one each time: room that is there already would favour one of them
                 fresh()
             else:
