@@ -47,7 +47,8 @@ class Exemplars:
         disk: Disk | None = None,
     ) -> None:
         self.budget = 0 if store == "none" else budget
-        self.policy, self.unit, self.streaming = policy, unit, policy.streaming
+        self.policy, self.streaming = policy, policy.streaming
+        self.unit: str = unit
         self.store: str = store
         self.marks = policy.scored or policy.merges  # whether it goes by a score that is kept with each sample
         self.needs = tuple({*policy.needs, *(("features",) if store in ("features", "both") else ())})
@@ -418,9 +419,9 @@ class Exemplars:
             if self.policy.merges and own is not None and label in lists:
                 held = lists[label]
                 held = held[~back[held]]
-                own = torch.cat([own, self.aside["scores"][held].to(own)])
+                own = torch.cat([self.aside["scores"][held].to(own), own])
                 order = self.policy.rank(mine.new_zeros(len(own), 0), own, min(quota, len(own)), self.generator).cpu()
-                chosen[label] = torch.cat([rows, -1 - held])[order]  # a row that is held already is written as -1 - row
+                chosen[label] = torch.cat([-1 - held, rows])[order]  # a row that is held already is written as -1 - row
             else:
                 chosen[label] = rows[self.policy.rank(mine, own, min(quota, len(rows)), self.generator).cpu()]
         picked = torch.cat([places[places >= 0] for places in chosen.values()])

@@ -125,14 +125,16 @@ class Rows:
 
     def enter(self, ids: np.ndarray) -> np.ndarray:
         """Rows for new ids; all of them or, where one is held or comes twice, none."""
-        self._before = self.count, self.free
-        growing = ids[0] > self.highest and not len(self.free) and bool((ids[1:] > ids[:-1]).all())
-        reused = min(len(self.free), len(ids))
-        rows = np.arange(self.count - reused, self.count - reused + len(ids))
-        if not growing:
+        self._before = first, free = self.count, self.free
+        if ids[0] > self.highest and not len(free) and bool((ids[1:] > ids[:-1]).all()):
+            self._make_room(first + len(ids))
+            self.of[first : first + len(ids)] = ids
+            self.same, self.highest = min(self.same, first), int(ids[-1])
+            rows = np.arange(first, first + len(ids))
+        else:
             if (ids == -1).any():
                 raise DataError("id -1 stands for no sample: any other number can be one")
-            rows[:reused] = self.free[:reused]
+            rows = np.concatenate([free[: len(ids)], np.arange(first, first + max(0, len(ids) - len(free)))])
             self._catch_up()
             places = self._places(ids)
             known = self.row_at[places] >= 0
@@ -143,16 +145,17 @@ class Rows:
             if twice.any():
                 self.row_at[places] = -1
                 raise DataError(f"{_some(ids[twice])} twice in one call")
-            self.free = self.free[reused:]
-        count = self.count + len(ids) - reused
+            self._make_room(first + len(ids))
+            self._name(rows, ids)
+            self.free, self.highest = free[len(ids) :], max(self.highest, int(ids.max()))
+            self.entered = first + max(0, len(ids) - len(free))
+        self.count = first + max(0, len(ids) - len(free))
+        self.held += len(ids)
+        return rows
+
+    def _make_room(self, count: int) -> None:
         if count >= len(self.of):
             self.of = np.concatenate([self.of, np.full(max(count + 1, 2 * len(self.of)) - len(self.of), -1)])
-        self._name(rows, ids)
-        self.highest = max(self.highest, int(ids[-1] if growing else ids.max()))
-        self.count, self.held = count, self.held + len(ids)
-        if not growing:
-            self.entered = count
-        return rows
 
     def _name(self, rows: np.ndarray, ids: np.ndarray | int) -> None:
         self.of[rows] = ids
@@ -511,7 +514,6 @@ class Index:
         self.dim, self.metric, self.float16, self.log, self.width = dim, metric, float16, log, width
         self.kind = kind if kind == "auto" else _plain(kind)
         self.asked = str(device)
-        self.most = (LONGEST / dim) ** 0.5  # no vector of smaller values is too long
         self.adaptive = kind == "auto" and self.asked != "all"
         self.device: torch.device | None = None  # until the first vectors come
         self.rows = Rows()
@@ -607,7 +609,12 @@ class Index:
         values = values.contiguous()
         # On a CPU in NumPy: torch's threads, once woken, spin for a while and would halve what FAISS's threads get done after them.
         numbers = values.numpy() if values.device.type == "cpu" else values
-        fine = not len(numbers) or bool((numbers.max() < self.most) & (numbers.min() > -self.most))  # not so where a value is NaN
+        line = numbers.reshape(-1)
+        if isinstance(line, np.ndarray):
+            with np.errstate(over="ignore", invalid="ignore"):
+                fine = bool(np.dot(line, line) < LONGEST)  # one pass; not so where a value is NaN, infinite, or too large
+        else:
+            fine = bool(line.square().sum() < LONGEST)
         if not fine:
             self._refuse(values, keys)
         return self._unit(values, numbers, fine) if self.metric == "cosine" and len(numbers) else values

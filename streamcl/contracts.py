@@ -19,7 +19,8 @@ Metric = Literal["l2", "ip", "cosine"]
 class ExemplarMemory(Protocol):
     """Samples kept from earlier tasks, under a budget: raw, as features (in `extra["features"]`), or both."""
 
-    budget: int  # in samples, in samples per class, or in bytes; 0 keeps nothing
+    budget: int  # 0 keeps nothing
+    unit: str  # what the budget counts: samples, per_class or bytes
     streaming: bool  # whether samples are placed as they are offered, or ranked a group at a time
     store: str  # what of a sample may be kept: raw, features, both or none
     needs: tuple[str, ...]  # what must be offered with samples: "features", and as `scores` "logits" or "scores"
@@ -47,8 +48,11 @@ class ExemplarMemory(Protocol):
         """Everything held, as a data set (a snapshot)."""
         ...
 
-    def of(self, label: int) -> Batch:
-        """The samples of one class, in the order of the policy's preference where it has one; none of an unknown class."""
+    def of(self, label: int, most: int | None = None) -> Batch:
+        """The samples of one class, the first `most` in the order of the policy's preference where it has one; none of an unknown class.
+
+        Reading from a memory that holds nothing at all is a DataError.
+        """
         ...
 
     def replace(self, ids: Tensor, **columns: Tensor) -> None:
@@ -236,7 +240,7 @@ class Slots:
         self.version = 0
         self.groups: Tensor = torch.empty(0, dtype=torch.int64)  # (held,), only for policies with `by_group`
         self.seen_of: dict[int, int] = {}  # samples of each group that were offered before, only for policies with `by_group`
-        self.scores: Tensor | None = None  # (held,), only for policies that need scores
+        self.scores: Tensor | None = None  # (held,), only for policies that are `scored`
 
 
 class SelectionPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import threading
@@ -20,6 +21,7 @@ from streamcl.checkpoint import Checkpoints, fingerprint, tree_bytes
 from streamcl.config import EngineConfig, EvaluateConfig
 from streamcl.context import TICK, Context
 from streamcl.contracts import Memory
+from streamcl.data import Subset
 from streamcl.errors import ConfigError, DataError, DiskError, Interrupted, PluginError, StreamclError, TrainingError
 from streamcl.evaluation import Evaluation
 from streamcl.events import Events, Sink
@@ -123,6 +125,7 @@ class Engine:
         )
         self.checkpoints = Checkpoints(folder.checkpoints, self.settings.checkpoint.keep) if folder else None
         self.tasks: list[Task] = []  # what was emitted so far
+        self.forgotten = torch.empty(0, dtype=torch.int64)  # samples that were erased from the run: no task brings them again
         self.before: dict[str, Any] = {}  # the scenario's state before the task at hand
         self.phase = "learn"
         self.scored_at = 0  # samples seen at the last score within a task
@@ -140,7 +143,7 @@ class Engine:
         self._figures: dict[str, list[float]] = {}
         self._measures = type(strategy).measure is not Strategy.measure
         if strategy.needs_exemplars:
-            _check_exemplars(self.memory, _plugin_name(strategy))
+            _check_exemplars(self.memory, _plugin_name(strategy), self.info.classes)
         strategy.start(self.info, self.context)
 
     # -- the loop ---------------------------------------------------------------------------------------------------------------
@@ -188,11 +191,20 @@ class Engine:
         task = next(iter(self.scenario), None)
         if task is None:
             return None
+        task = self._without_forgotten(task)
         if hasattr(task.train, "__len__") and len(task.train) == 0:
             raise DataError(f"task {task.index + 1} ({task.name}) has no sample to learn from")
         self.context.earlier = list(self.tasks)
         self.tasks.append(task)
         return task
+
+    def _without_forgotten(self, task: Task) -> Task:
+        parts: dict[str, Any] = {}
+        for name in ("train", "validation") if len(self.forgotten) else ():
+            data = getattr(task, name)
+            if data is not None and hasattr(data, "ids") and bool((gone := torch.isin(data.ids, self.forgotten)).any()):
+                parts[name] = Subset(data, (~gone).nonzero().squeeze(1))
+        return dataclasses.replace(task, **parts) if parts else task
 
     def _learn(self, task: Task) -> None:
         context = self.context
@@ -407,13 +419,15 @@ class Engine:
             "seconds": dict(self.seconds),
             "memory_per_task": list(self.memory_per_task),
             "first_model_bytes": self.first_model_bytes,
+            **({"forgotten": self.forgotten} if len(self.forgotten) else {}),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what `state` returned, on an engine that was built from the same settings."""
         context = self.context
         self.scenario.restore(state["scenario"])
-        self.tasks = self.scenario.past()
+        self.forgotten = state.get("forgotten", self.forgotten)
+        self.tasks = [self._without_forgotten(task) for task in self.scenario.past()]
         self.strategy.restore(state["strategy"])
         self.model.restore(state["model"])
         self.model.to(self.device)
@@ -605,8 +619,11 @@ def _model_bytes(model: Model) -> int:
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
-def _check_exemplars(memory: Memory, strategy: str) -> None:
+def _check_exemplars(memory: Memory, strategy: str, classes: int | None) -> None:
     exemplars = memory.exemplars
+    few = not exemplars.streaming and exemplars.unit == "samples" and classes is not None and 0 < exemplars.budget < classes
+    if few:
+        raise ConfigError(f"memory.exemplars is {exemplars.budget}, less than one sample for each of the {classes} classes that will come")
     if exemplars.store in ("none", "features"):
         raise ConfigError(f"{strategy} needs raw exemplars and memory.store is {exemplars.store}: set it to raw")
     if exemplars.budget == 0:

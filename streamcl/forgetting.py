@@ -29,8 +29,10 @@ def forget(run: str | Path, ids: str | Path | Sequence[int]) -> dict[str, Any]:
     """Erase samples from a run; what was done, as its newest receipt in RUN/forgotten.json says it.
 
     The memory lets go of them; a strategy that can takes them out of what it computed from them (`Strategy.erase`), for which they are
-    read again, from the memory or from the run's data. The newest checkpoint is written anew without them, twice, and all older ones are
-    removed. The weights of a trained network are left as they are, and the receipt says so.
+    read again, from the memory or from the run's data. The newest checkpoint is written anew without them, twice, and all older ones
+    are removed; if this is killed on the way, the same call finishes it. Checkpoints remember the ids, so that no later task of the run
+    learns from these samples again, and nothing is taken back twice. The weights of a trained network are left as they are, and the
+    receipt says so.
     """
     wanted = read_ids(Path(ids)) if isinstance(ids, str | Path) else torch.tensor(sorted(set(ids)), dtype=torch.int64)
     folder = RunFolder.open(Path(run))
@@ -49,10 +51,13 @@ def _forget(folder: RunFolder, wanted: Tensor) -> dict[str, Any]:
     warnings: list[str] = []
     learned, settings, state = restored(folder.path, warn=warnings.append)
     memory, strategy = learned.context.memory, learned.strategy
-    known, samples, unread = _samples(folder, settings, state, learned, wanted)
+    before_now = state.get("forgotten", wanted[:0])
+    fresh = wanted[~torch.isin(wanted, before_now)]  # what was taken back once must not be taken back again
+    known, chosen, samples, unread = _samples(folder, settings, state, learned, fresh)
     found = {part: count for part, count in memory.remove(wanted).items() if count}
     exact = [] if samples is None else sorted(strategy.erase(samples))
     state["memory"], state["strategy"] = memory.state(), strategy.state()
+    state["forgotten"] = torch.cat([before_now, fresh]).sort().values
     checkpoints = Checkpoints(folder.checkpoints, keep=2)
     before = checkpoints.numbers()
     for _ in range(2):
@@ -64,12 +69,14 @@ def _forget(folder: RunFolder, wanted: Tensor) -> dict[str, Any]:
         "time": time.time(),
         "ids": len(wanted),
         "ids_sha256": hashlib.sha256(",".join(map(str, wanted.tolist())).encode()).hexdigest(),
+        "erased_before": len(wanted) - len(fresh),
         "learned_from": known,
+        "validated_with": chosen,
         "removed": found,
         "recomputed": exact,
         "checkpoints": {"removed": before, "written": checkpoints.numbers()},
         "pictures_removed": had_pictures,
-        "not_covered": _not_covered(learned, exact, known, 0 if samples is None else len(samples), unread),
+        "not_covered": _not_covered(learned, exact, known, chosen, 0 if samples is None else len(samples), unread),
     }
     earlier = json.loads((folder.path / RECEIPTS).read_text(encoding="utf-8")) if (folder.path / RECEIPTS).is_file() else []
     folder.write(RECEIPTS, json.dumps([*earlier, receipt], indent=1))
@@ -78,32 +85,37 @@ def _forget(folder: RunFolder, wanted: Tensor) -> dict[str, Any]:
 
 def _samples(
     folder: RunFolder, settings: RunConfig, state: dict[str, Any], learned: Learned, wanted: Tensor
-) -> tuple[int | None, Batch | None, str]:
-    """How many of these samples the run learned from (None where its data cannot be read), those samples, and why some cannot be read."""
+) -> tuple[int | None, int | None, Batch | None, str]:
+    """How many of these samples the run learned from, and how many it validated with (None where its data cannot be read); those that it
+    learned from; and why some cannot be read.
+    """
     try:
         stream = stream_of(settings, folder)
         stream.open(settings.seed)
         stream.restore(state["scenario"])
-        pieces, seen = [], []
+        pieces, seen, chosen = [], [], 0
         for task in stream.past():
             rows = torch.isin(task.train.ids, wanted).nonzero().squeeze(1)
             pieces += [task.train[part] for part in rows.split(CHUNK) if len(part)]
             seen.append(task.train.ids[rows])
-        return len(torch.cat(seen).unique()) if seen else 0, Batch.cat(pieces) if pieces else None, ""
+            chosen += 0 if task.validation is None else int(torch.isin(task.validation.ids, wanted).sum())
+        return len(torch.cat(seen).unique()) if seen else 0, chosen, Batch.cat(pieces) if pieces else None, ""
     except (StreamclError, OSError) as error:
         exemplars = learned.context.memory.exemplars
         if len(exemplars) == 0 or exemplars.store not in ("raw", "both"):
-            return None, None, str(error)
+            return None, None, None, str(error)
         held = exemplars.dataset()
         rows = torch.isin(held.ids, wanted).nonzero().squeeze(1)
-        return None, held[rows] if len(rows) else None, str(error)
+        return None, None, held[rows] if len(rows) else None, str(error)
 
 
-def _not_covered(learned: Learned, exact: list[str], known: int | None, read: int, unread: str) -> list[str]:
+def _not_covered(learned: Learned, exact: list[str], known: int | None, chosen: int | None, read: int, unread: str) -> list[str]:
     """What may still hold something of these samples, in a sentence each."""
     left = []
+    if chosen:
+        left.append(f"choices that were made on validation samples, {chosen} of these among them (early stopping, the ranking of a sweep)")
     if known == 0:
-        return ["nothing: the run did not learn from any of these samples"]
+        return left or ["nothing: the run did not learn from any of these samples, or they were erased before"]
     memory = learned.context.memory
     if unread:
         left.append(f"the run's data could not be read ({unread}), so only the {read} of these samples that were held could be taken back")
@@ -115,7 +127,10 @@ def _not_covered(learned: Learned, exact: list[str], known: int | None, read: in
         left.append(f"what the strategy keeps beside the memory, if it was computed from them: {', '.join(kept)}")
     if any(parameter.requires_grad for parameter in learned.model.parameters()):
         left.append("the weights of the network, which have learned from these samples")
-    left.append("the data itself, copies of this folder, exported models, and the disk's free blocks, where erased files were")
+    left.append(
+        "the data itself, caches of features or weights that were made from it, copies of this folder, exported models, and the disk's "
+        "free blocks, where erased files were"
+    )
     return left
 
 
@@ -162,7 +177,8 @@ def shown(receipt: dict[str, Any]) -> str:
     )
     removed = ", ".join(f"{count} from {part}" for part, count in receipt["removed"].items()) or "none was held"
     lines = [
-        f"{receipt['ids']} sample{'s' * (receipt['ids'] != 1)}: {learned}",
+        f"{receipt['ids']} sample{'s' * (receipt['ids'] != 1)}: {learned}"
+        + (f", {receipt['erased_before']} erased before" if receipt["erased_before"] else ""),
         f"  removed     {removed}",
         f"  recomputed  {', '.join(receipt['recomputed']) or 'nothing'}",
         f"  checkpoints {len(receipt['checkpoints']['removed'])} removed, {len(receipt['checkpoints']['written'])} written without them",

@@ -129,11 +129,11 @@ def _sheet(exemplars: Any, names: Sequence[str]) -> Figure | None:
         return None
     rows = []
     for label in classes:
-        batch = exemplars.of(label)
+        batch = exemplars.of(label, SHEET[1])
         image = next((column for column in batch.inputs.values() if isinstance(column, Tensor) and column.dim() == 4), None)
         if image is None:
             return None
-        rows.append(image[: SHEET[1]])
+        rows.append(image)
     figure = Figure(figsize=(0.62 * SHEET[1] + 1.2, 0.62 * len(rows)))
     grid = figure.subplots(len(rows), SHEET[1], squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
     for line, label, images in zip(grid, classes, rows, strict=True):

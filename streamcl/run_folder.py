@@ -52,7 +52,11 @@ class RunFolder:
     def create(cls, path: Path) -> RunFolder:
         if not cls(path).writes:
             return cls(path)
-        begun = {".lock", "status.json"}  # all that a run has that was killed in its first moment: nothing is lost by beginning again
+        begun = {
+            ".lock",
+            "status.json",
+            ".status.json.writing",
+        }  # all that a run has that was killed in its first moment: nothing is lost by beginning again
         if path.exists() and (not path.is_dir() or any(entry.name not in begun for entry in path.iterdir())):
             held = "holds a run already: `streamcl resume` goes on with it" if (path / "status.json").exists() else "is not empty"
             raise RunError(f"{path} {held}; name another folder with --out")

@@ -150,7 +150,9 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_memory(tmp_path: Path) -
     """SIGKILL at random moments of saving without pause: whatever is there loads, and is one state, whole."""
     source = SAVER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     chance, last, inside = random.Random(0), 0, 0
-    for _ in range(4):
+    for tried in range(12):
+        if tried >= 3 and inside:
+            break
         process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         time.sleep(0.05 + chance.random() * 0.4)
@@ -163,6 +165,6 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_memory(tmp_path: Path) -
             assert step >= last and torch.equal(loaded["memory"]["held"], state(step)["memory"]["held"])
             assert loaded["model"]["w"].tolist() == [float(step)] * 3
             last = step
-    assert last > 0
+    assert last > 0 and inside > 0  # at least one of them was killed while something was half-written
     Checkpoints(tmp_path).save(state(last + 1))
     assert not [path for path in tmp_path.rglob(".*") if path.parent.name in ("parts", "copies")]  # nothing half-written is left

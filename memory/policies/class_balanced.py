@@ -18,12 +18,11 @@ from bisect import insort
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcl.contracts import SelectionPolicy, Slots
 
-Integers = NDArray[np.int64]
+from ._groups import Integers, Sizes, from_largest, runs
 
 
 class ClassBalanced(SelectionPolicy):
@@ -32,7 +31,7 @@ class ClassBalanced(SelectionPolicy):
 
     def __init__(self) -> None:
         self.members: dict[int, list[int]] = {}  # the slots of each class, in order
-        self.sizes = _Sizes()
+        self.sizes = Sizes()
         self.made_for = (-1, -1)  # the version and the number of the samples that the tables stand for
 
     def place(self, groups: Tensor, scores: Tensor | None, slots: Slots, generator: torch.Generator) -> Tensor:
@@ -66,7 +65,7 @@ class ClassBalanced(SelectionPolicy):
             rows.tolist(), arrived[rows].tolist(), numbers[chosen].tolist(), scaled[chosen].tolist(), drawn[rows].tolist(), strict=True
         ):
             if not eventful or self._full(label, number - 1):
-                if place < self.sizes.of[label]:
+                if place < self.sizes.of.get(label, 0):
                     placed[row] = self.members[label][int(place)]
             else:
                 placed[row] = self._make_way(label, draw)
@@ -90,55 +89,7 @@ class ClassBalanced(SelectionPolicy):
         order, starts, _ = runs(groups)
         parts = np.split(order, starts[1:])
         self.members = {int(groups[part[0]]): part.tolist() for part in parts if len(part)}
-        self.sizes = _Sizes({label: len(members) for label, members in self.members.items()})
+        self.sizes = Sizes({label: len(members) for label, members in self.members.items()})
 
     def evict(self, count: int, slots: Slots, generator: torch.Generator) -> Tensor:
         return from_largest(slots.groups, torch.randperm(slots.held, generator=generator), count)
-
-
-class _Sizes:
-    """How many samples each group holds, with the largest groups at hand."""
-
-    def __init__(self, of: dict[int, int] | None = None) -> None:
-        self.of = of or {}
-        self._find()
-
-    def _find(self) -> None:
-        self.most = max(self.of.values(), default=0)
-        self.largest = sorted(group for group, size in self.of.items() if size == self.most)
-
-    def add(self, group: int) -> None:
-        size = self.of[group] = self.of.get(group, 0) + 1
-        if size > self.most:
-            self.most, self.largest = size, [group]
-        elif size == self.most:
-            insort(self.largest, group)
-
-    def move(self, loser: int, winner: int) -> None:
-        """A slot passes from one group to another."""
-        self.add(winner)
-        size = self.of[loser] = self.of[loser] - 1
-        if size + 1 == self.most:
-            self.largest.remove(loser)
-            if not self.largest:
-                self._find()
-
-
-def runs(groups: Integers) -> tuple[Integers, Integers, Integers]:
-    """The rows sorted by group, in order within each; where each group begins among them; and how many it has."""
-    order = groups.argsort(kind="stable")
-    ranked = groups[order]
-    starts = np.concatenate([[0], (ranked[1:] != ranked[:-1]).nonzero()[0] + 1])[: len(groups)].astype(np.int64)
-    return order, starts, np.diff(starts, append=len(groups))
-
-
-def from_largest(groups: Tensor, order: Tensor, count: int) -> Tensor:
-    """The `count` slots that go when each time the largest group loses one, of several the one of the lowest number.
-
-    `order` holds all slots; of a group the first in it goes first.
-    """
-    of = groups.numpy()[order.numpy()]
-    by_group, starts, counts = runs(of)
-    level = np.repeat(counts + starts, counts) - np.arange(len(of))  # how many its group has when its turn comes
-    turns = np.lexsort((of[by_group], -level))
-    return order[torch.from_numpy(by_group[turns[:count]])]

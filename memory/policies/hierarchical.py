@@ -20,7 +20,7 @@ from torch import Tensor
 
 from streamcl.contracts import SelectionPolicy, Slots
 
-from .class_balanced import Integers, _Sizes, from_largest, runs
+from ._groups import Integers, Sizes, from_largest, runs
 
 UNIT = 2**1074  # every finite float is a multiple of 1 / UNIT
 
@@ -37,7 +37,7 @@ class Hierarchical(SelectionPolicy):
     scored = True
 
     def __init__(self) -> None:
-        self.sizes = _Sizes()
+        self.sizes = Sizes()
         self.members: dict[int, Integers] = {}  # the slots of each class that was not touched since these were made
         self.ranked: dict[int, list[tuple[float, int]]] = {}  # those of the others by score, with their score
         self.totals: dict[int, int] = {}
@@ -102,7 +102,7 @@ class Hierarchical(SelectionPolicy):
         order, starts, _ = runs(groups)
         parts = np.split(order, starts[1:])
         self.members = {int(groups[part[0]]): part for part in parts if len(part)}
-        self.sizes = _Sizes({group: len(part) for group, part in self.members.items()})
+        self.sizes = Sizes({group: len(part) for group, part in self.members.items()})
         self.ranked, self.totals, self.scores = {}, {}, scores.copy()
 
     def evict(self, count: int, slots: Slots, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamcl.contracts import SelectionPolicy, Slots
 
-from .class_balanced import Integers, _Sizes, from_largest, runs
+from ._groups import Integers, Sizes, from_largest, runs
 
 
 @dataclass
@@ -89,7 +89,7 @@ def _donors(arrived: Integers, queues: _Queues, known: set[int], budget: int) ->
     small = here if crowded else {group for group in here if of.get(group, 0) < share}
     if not small:
         return None
-    sizes, donors = _Sizes(of), arrived.copy()
+    sizes, donors = Sizes(of), arrived.copy()
     # No group that has its share falls below it, and a share never grows: only those that lack something now can take.
     for row in np.isin(arrived, list(small)).nonzero()[0].tolist():
         group = int(arrived[row])

@@ -62,16 +62,16 @@ def rows(quick: bool = False) -> list[Row]:
         vectors, queries = features(10_000 if quick else 1_000_000), features(QUERIES, 1)
         measured = []
         for count in (1_000, 10_000) if quick else (1_000, 10_000, 100_000, 1_000_000):
-            measured += [*searching("Flat", vectors[:count], queries), *adding("Flat", vectors[:count])]
-        for kind, count in (("HNSW32", 10_000), ("IVF64,Flat", 10_000), ("IVF256,PQ64", 10_000 if quick else 100_000)):
-            measured += [*searching(kind, vectors[:count], queries), *adding(kind, vectors[:count])]
+            measured += against("Flat", vectors[:count], queries)
+        for kind in ("HNSW32", "IVF64,Flat", "IVF64,PQ16"):
+            measured += against(kind, vectors[:10_000], queries)
         return measured if quick else [*measured, *automatic(vectors[:100_000], queries)]
     finally:
         faiss.omp_set_num_threads(threads)
 
 
-def pair(kind: str, vectors: Tensor) -> tuple[Index, faiss.Index]:
-    """Ours and FAISS's own index, both trained on the same vectors and as wide in their search."""
+def against(kind: str, vectors: Tensor, queries: Tensor) -> list[Row]:
+    """Ours and FAISS's own index, trained on the same vectors and as wide in their search."""
     ours = Index(DIM, "l2", kind, device="cpu")
     ours.add(torch.arange(len(vectors)), vectors)
     ours.search(vectors[:1], 1)  # which settles how far it searches
@@ -82,63 +82,46 @@ def pair(kind: str, vectors: Tensor) -> tuple[Index, faiss.Index]:
     for name in ("nprobe", "efSearch"):
         if name in ours.about():
             faiss.ParameterSpace().set_index_parameter(raw, name, ours.about()[name])
-    return ours, raw
-
-
-def searching(kind: str, vectors: Tensor, queries: Tensor) -> list[Row]:
-    ours, raw = pair(kind, vectors)
     measured = []
-    for asked in (queries, queries[:1]):
+    for asked, bar in ((queries, SEARCH), (queries[:1], "-")):
         one = asked.numpy()
         repeats = int(min(201, max(5, 2e9 / (len(vectors) * DIM * max(len(asked), 8)))))
         ratio = compare(lambda asked=asked: ours.search(asked, 10), lambda one=one: raw.search(one, 10), repeats)
-        what = f"{kind}: search of {len(asked)} among {len(vectors):,}"
-        measured.append((what, "the same index of FAISS", ratio, SEARCH if len(asked) > 1 else "-"))
-    return measured
-
-
-def adding(kind: str, vectors: Tensor) -> list[Row]:
-    """Into an empty index; one that must be trained was, on both sides."""
-    ids, whole = torch.arange(len(vectors)), vectors.numpy()
-    ours, raw = pair(kind, vectors)
-
-    def emptied() -> None:
-        ours.remove(ids)
-        raw.reset()
-
-    def add(step: int) -> float:
-        def mine() -> None:
-            for start in range(0, len(ids), step):
-                ours.add(ids[start : start + step], vectors[start : start + step])
-
-        def theirs() -> None:
-            for start in range(0, len(ids), step):
-                raw.add(whole[start : start + step])
-
-        ratios = []
-        for repeat in range(1 + int(min(15, max(3, 2e4 / len(ids))))):
-            if kind == "Flat":  # a new one each time: room that is there already would favour one of them
-                fresh()
-            else:
-                emptied()
-            times = []
-            for contender in (mine, theirs) if repeat % 2 else (theirs, mine):
-                started = time.perf_counter()
-                contender()
-                times.append(time.perf_counter() - started)
-            if repeat:
-                ratios.append(times[0] / times[1] if repeat % 2 else times[1] / times[0])
-        return statistics.median(ratios)
-
-    def fresh() -> None:
-        nonlocal ours, raw
-        ours, raw = Index(DIM, "l2", "Flat", device="cpu"), faiss.IndexFlatL2(DIM)
-
+        measured.append((f"{kind}: search of {len(asked)} among {len(vectors):,}", "the same index of FAISS", ratio, bar))
     baseline = "the same index of FAISS, without ids and checks"
-    measured = [(f"{kind}: adding {len(vectors):,} at once", baseline, add(len(ids)), ADD)]
-    if len(vectors) <= 100_000 and kind == "Flat":
-        measured.append((f"{kind}: adding {len(vectors):,} by {BATCH}", baseline, add(BATCH), ADD))
+    for step in (len(vectors), BATCH) if kind == "Flat" and len(vectors) <= 100_000 else (len(vectors),):
+        how = "at once" if step == len(vectors) else f"by {step}"
+        measured.append((f"{kind}: adding {len(vectors):,} {how}", baseline, adding(kind, ours, raw, vectors, step), ADD))
     return measured
+
+
+def adding(kind: str, ours: Index, raw: faiss.Index, vectors: Tensor, step: int) -> float:
+    """Into empty indexes. Flat ones are new each time: room that is there already would favour one of them."""
+    ids, whole = torch.arange(len(vectors)), vectors.numpy()
+
+    def mine() -> None:
+        for start in range(0, len(ids), step):
+            ours.add(ids[start : start + step], vectors[start : start + step])
+
+    def theirs() -> None:
+        for start in range(0, len(ids), step):
+            raw.add(whole[start : start + step])
+
+    ratios = []
+    for repeat in range(1 + int(min(31, max(3, 1e5 / len(ids))))):
+        if kind == "Flat":
+            ours, raw = Index(DIM, "l2", "Flat", device="cpu"), faiss.IndexFlatL2(DIM)
+        else:
+            ours.remove(ids)
+            raw.reset()
+        times = {}
+        for contender in (mine, theirs) if repeat % 2 else (theirs, mine):
+            started = time.perf_counter()
+            contender()
+            times[contender] = time.perf_counter() - started
+        if repeat:  # the first round warms up
+            ratios.append(times[mine] / times[theirs])
+    return statistics.median(ratios)
 
 
 def automatic(vectors: Tensor, queries: Tensor) -> list[Row]:
