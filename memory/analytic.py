@@ -220,6 +220,14 @@ class Analytic:
         self.count -= len(features)
         self._solved = None
 
+    @in_full
+    def settle(self) -> None:
+        """Sum what is still gathered: nothing is left of single samples."""
+        if self.form == "accumulated" and self._rows:
+            self._sum_gathered(self._statistics())
+            self._gathered.zero_()
+            self._solved = None
+
     def _sum_gathered(self, matrix: Symmetric) -> None:
         matrix.add(self._gathered[: self._rows])
         self._rows = 0

@@ -70,6 +70,9 @@ class Faiss(Memory):
     def begin(self, task: int) -> None:
         self.exemplars.task = task
 
+    def end(self) -> None:
+        self.analytic.settle()
+
     def index(self, dim: int, name: str = "default", metric: Metric = "l2") -> Index:
         if self.store == "none":
             raise ConfigError("memory.store is none, and an index holds the features of samples: set it to features or raw")

@@ -313,6 +313,9 @@ class Memory(ABC):
     def begin(self, task: int) -> None:
         """A task begins: what is offered from now on arrived with it."""
 
+    def end(self) -> None:
+        """The task is learned: of samples that were only counted in, nothing is left but the sums."""
+
     @abstractmethod
     def index(self, dim: int, name: str = "default", metric: Metric = "l2") -> FeatureIndex:
         """The index of that name, made when first asked for."""

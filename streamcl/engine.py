@@ -222,6 +222,7 @@ class Engine:
         self._account(None)
         self.memory.begin(task.index)
         self.strategy.learn(task)
+        self.memory.end()
         self.model.eval()
         self._account("learn")
         if self.processes.world > 1 and not self.processes.agree(fingerprint(self.memory.state())):

@@ -335,3 +335,15 @@ def test_what_a_form_cannot_answer_is_said() -> None:
         with pytest.raises(DataError, match="a larger ridge or float64 is needed, or samples are taken back that never came in"):
             analytic.remove(100 * features[:5], labels[:5])
             analytic.weights()
+
+
+def test_nothing_of_single_samples_is_left_once_a_task_is_learned() -> None:
+    statistics = Analytic(torch.device("cpu"))
+    statistics.configure(4, 1.0)
+    rows = torch.arange(12, dtype=torch.float64).reshape(3, 4) + 0.125
+    statistics.update(rows, torch.tensor([0, 0, 0]), 1)
+    before = statistics.weights().clone()
+    statistics.settle()
+    content = b"".join(tensor.numpy().tobytes() for tensor in flatten(statistics.state())[1].values())
+    assert not any(row.numpy().tobytes() in content for row in rows)
+    torch.testing.assert_close(statistics.weights(), before, rtol=1e-12, atol=1e-12)

@@ -1,12 +1,14 @@
 """G-ACIL: generalized analytic class-incremental learning (NeurIPS 2024).
 
-On a frozen backbone and a fixed random ReLU expansion, the classifier is a ridge regression, and recursive least squares keeps it
-equal to the ridge regression on all data seen so far, whatever the order, the batch sizes and the mix of old and new classes: the
-classifier forgets nothing, by construction. No sample is kept. All of it in float64: with ReLU features float32 loses the identity.
+On a frozen backbone and a fixed random ReLU expansion, the classifier is a ridge regression that is kept equal to the ridge regression
+on all data seen so far, whatever the order, the batch sizes and the mix of old and new classes: the classifier forgets nothing, by
+construction. All of it in float64: with ReLU features float32 loses the identity.
 
-A batch X with labels Y (columns of zeros appended to W for new classes):
+The paper updates the weights with each batch X and its labels Y (columns of zeros appended to W for new classes):
     R <- R - R X' (I + X R X')^-1 X R          W <- W + R X' (Y - X W)      with the new R
-which is the paper's sum of [W - R X'X W, R X'Y_new] and the exposed-class gain [R X'Y_old, 0].
+which is its sum of [W - R X'X W, R X'Y_new] and the exposed-class gain [R X'Y_old, 0]. The memory sums X'X and X'Y instead and solves
+for W when it is asked for: the same weights (a test compares the two), at a fraction of the time. No sample is kept; within a task the
+expanded features of up to 127 samples wait to be summed.
 
 Defaults are the released ones: expansion 5000, gamma 100, batch 64, and `online_iter` 3, which feeds each batch three times; that
 equals the ridge regression with gamma / online_iter, and is computed so. Training transforms are not applied (the identity would
