@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import faiss as typed_faiss
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,7 @@ class Vectors:
     def __init__(self, dim: int, device: torch.device, dtype: torch.dtype) -> None:
         self.buffer = torch.empty(0, dim, device=device, dtype=dtype)
         self.count = 0
+        self.engine = engine_for(device, dtype)
         self.squares = torch.empty(0, device=device)  # squared lengths, of the first `known` rows
         self.known = 0
 
@@ -86,20 +88,28 @@ class Vectors:
         self.buffer[count : self.count] = 0
         self.count, self.known = count, min(self.known, count)
 
-    def parts(self, queries: int, metric: Metric) -> Iterator[Part]:
-        """Blocks of consecutive rows."""
-        if metric == "l2" and self.known < self.count:
+    def lengths(self) -> Tensor:
+        """The squared length of each row, computed once."""
+        if self.known < self.count:
             if len(self.squares) < self.count:
                 self.squares = torch.cat([self.squares[: self.known], self.squares.new_empty(len(self.buffer) - self.known)])
             size = _rows_at_once(self.buffer.shape[1])
             for start in range(self.known, self.count, size):
                 stop = min(start + size, self.count)
-                self.squares[start:stop] = self.buffer[start:stop].float().square().sum(dim=1)
+                if self.engine == "faiss":  # in its own threads, to the last bit what it would compute in each search
+                    at = (faiss.cast_integer_to_float_ptr(part[start:].data_ptr()) for part in (self.squares, self.buffer))
+                    faiss.fvec_norms_L2sqr(*at, self.buffer.shape[1], stop - start)
+                else:
+                    self.squares[start:stop] = self.buffer[start:stop].float().square().sum(dim=1)
             self.known = self.count
-        size = _rows_at_once(queries)
+        return self.squares
+
+    def parts(self, queries: int, metric: Metric) -> Iterator[Part]:
+        """Blocks of consecutive rows."""
+        squares, size = self.lengths() if metric == "l2" else None, _rows_at_once(queries)
         for start in range(0, self.count, size):
             stop = min(start + size, self.count)
-            yield start, self.buffer[start:stop], self.squares[start:stop] if metric == "l2" else None
+            yield start, self.buffer[start:stop], None if squares is None else squares[start:stop]
 
     def chosen(self, rows: Tensor, queries: int) -> Iterator[Part]:
         """Blocks of these rows, copied."""
@@ -110,16 +120,16 @@ class Vectors:
         return self.count * self.buffer.shape[1] * self.buffer.element_size()
 
 
-def nearest(vectors: Vectors, queries: Tensor, k: int, metric: Metric, engine: Engine, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest(vectors: Vectors, queries: Tensor, k: int, metric: Metric, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Distances and rows of the k nearest, of which there are as many, among `rows` where they are given  # (queries, k) each"""
-    if engine == "faiss gpu" and k > GPU_MOST:
-        engine = "torch"
-    if engine == "faiss" and (rows is None or len(queries) < FEW):
-        return _by_faiss(queries, vectors.view(), k, metric, rows)
+    engine: Engine = "torch" if vectors.engine == "faiss gpu" and k > GPU_MOST else vectors.engine
+    if engine == "faiss" and (rows is None or queries.shape[0] < FEW):
+        squares = vectors.lengths() if metric == "l2" and queries.shape[0] >= FEW else None
+        return _by_faiss(queries, vectors.buffer, vectors.count, k, metric, rows, squares)
     if engine == "faiss gpu" and rows is None:
         return _by_faiss_gpu(queries, vectors.view(), k, metric)
     if len(queries) > QUERIES:
-        several = [nearest(vectors, part, k, metric, engine, rows) for part in queries.split(QUERIES)]
+        several = [nearest(vectors, part, k, metric, rows) for part in queries.split(QUERIES)]
         return torch.cat([found[0] for found in several]), torch.cat([found[1] for found in several])
     return among(vectors.parts(len(queries), metric) if rows is None else vectors.chosen(rows, len(queries)), queries, k, metric, engine)
 
@@ -132,7 +142,7 @@ def among(parts: Iterable[Part], queries: Tensor, k: int, metric: Metric, engine
     for rows, vectors, squares in parts:
         most = min(k, len(vectors))
         if engine == "faiss":
-            near, columns = _by_faiss(queries, vectors, most, metric)
+            near, columns = _by_faiss(queries, vectors, len(vectors), most, metric, None, squares)
         elif engine == "faiss gpu":
             near, columns = _by_faiss_gpu(queries, vectors, most, metric)
         else:
@@ -204,22 +214,21 @@ def _squared(queries: Tensor, scores: Tensor) -> Tensor:
     return (scores + queries.square().sum(dim=1, keepdim=True)).clamp_(min=0)
 
 
-def _by_faiss(queries: Tensor, vectors: Tensor, k: int, metric: Metric, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The functions that FAISS's flat index calls, on the tensor itself."""
+def _by_faiss(
+    queries: Tensor, vectors: Tensor, count: int, k: int, metric: Metric, rows: Tensor | None, squares: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The functions that FAISS's flat index calls, on the first `count` vectors where they lie."""
     number, dim = queries.shape
-    distances, found = torch.empty(number, k), torch.empty(number, k, dtype=torch.int64)
-    asked, held, near = (faiss.cast_integer_to_float_ptr(t.data_ptr()) for t in (queries, vectors, distances))
-    out = faiss.cast_integer_to_idx_t_ptr(found.data_ptr())
-    if rows is None:
-        search = faiss.knn_L2sqr if metric == "l2" else faiss.knn_inner_product
-        search(asked, held, dim, number, vectors.shape[0], k, near, out, None)  # the last says which of its forms is meant
-        return distances, found
-    only = faiss.IDSelectorArray(rows.shape[0], faiss.cast_integer_to_idx_t_ptr(rows.data_ptr()))
+    distances, found = np.empty((number, k), np.float32), np.empty((number, k), np.int64)
+    asked, held = (faiss.cast_integer_to_float_ptr(tensor.data_ptr()) for tensor in (queries, vectors))
+    sizes, out = (dim, number, count, k), (faiss.swig_ptr(distances), faiss.swig_ptr(found))
+    lengths = None if squares is None else faiss.cast_integer_to_float_ptr(squares.data_ptr())
+    only = None if rows is None else faiss.IDSelectorArray(rows.shape[0], faiss.cast_integer_to_idx_t_ptr(rows.data_ptr()))
     if metric == "l2":
-        faiss.knn_L2sqr(asked, held, dim, number, vectors.shape[0], k, near, out, None, only)
+        faiss.knn_L2sqr(asked, held, *sizes, *out, lengths, only)
     else:
-        faiss.knn_inner_product(asked, held, dim, number, vectors.shape[0], k, near, out, only)
-    return distances, found
+        faiss.knn_inner_product(asked, held, *sizes, *out, only)
+    return torch.from_numpy(distances), torch.from_numpy(found)
 
 
 _resources: dict[int, Any] = {}  # FAISS's workspace on each GPU: making one takes long

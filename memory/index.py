@@ -598,15 +598,19 @@ class Index:
 
     # What comes in
 
-    def _checked(self, vectors: Tensor, keys: np.ndarray | None = None) -> Tensor:
-        """Finite float32 rows on the index's device, of length one for `cosine`."""
+    def _shaped(self, vectors: Tensor) -> Tensor:
+        """Float32 rows on the index's device."""
         if not isinstance(vectors, Tensor) or vectors.dim() != 2 or vectors.shape[1] != self.dim:
             shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
             raise DataError(f"vectors of shape {shape} do not fit an index of {self.dim} dimensions: (vectors, {self.dim})")
-        values = vectors.detach()
-        if values.dtype != torch.float32 or (values.device != self.device and self.device is not None):
-            values = values.to(self.device or values.device, torch.float32)
-        values = values.contiguous()
+        device = self.device or vectors.device
+        if vectors.dtype == torch.float32 and vectors.device == device and not vectors.requires_grad and vectors.is_contiguous():
+            return vectors
+        return vectors.detach().to(device, torch.float32).contiguous()
+
+    def _checked(self, vectors: Tensor, keys: np.ndarray | None = None) -> Tensor:
+        """Finite float32 rows on the index's device, of length one for `cosine`."""
+        values = self._shaped(vectors)
         # On a CPU in NumPy: torch's threads, once woken, spin for a while and would halve what FAISS's threads get done after them.
         numbers = values.numpy() if values.device.type == "cpu" else values
         line = numbers.reshape(-1)
@@ -783,22 +787,20 @@ class Index:
             raise DataError(f"a search for {k} neighbours finds none: k is a whole number from 1")
         asked = self._checked(queries)
         chosen = None if where is None else self._chosen(where)
-        there = self.rows.held if chosen is None else len(chosen)
-        most = min(k, there)
-        if most and len(asked):
-            self._ready(len(asked))
+        most, count = min(k, self.rows.held if chosen is None else len(chosen)), asked.shape[0]
+        if most and count:
+            self._ready(count)
             if self.flat is not None:
-                rows = None if chosen is None else self._on_device(chosen)
-                distances, found = nearest(self.flat, asked, most, self.metric, engine_for(asked.device, self.flat.buffer.dtype), rows)
+                distances, found = nearest(self.flat, asked, most, self.metric, None if chosen is None else self._on_device(chosen))
             else:
                 distances, found = self._search_built(asked, most, chosen)
             ids = self._ids_of(found)
         else:
-            distances, ids = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64, device=asked.device)
+            distances, ids = asked.new_empty(count, 0), torch.empty(count, 0, dtype=torch.int64, device=asked.device)
         if most < k:
             distances = pad(distances, (0, k - most), value=float("inf") if self.metric == "l2" else float("-inf"))
             ids = pad(ids, (0, k - most), value=-1)
-        return (distances, ids) if queries.device == ids.device else (distances.to(queries.device), ids.to(queries.device))
+        return (distances, ids) if queries.device == asked.device else (distances.to(queries.device), ids.to(queries.device))
 
     def _search_built(self, asked: Tensor, k: int, chosen: np.ndarray | None) -> tuple[Tensor, Tensor]:
         built = self.built
@@ -851,9 +853,7 @@ class Index:
         return torch.from_numpy(rows).to(self.device)
 
     def _ids_of(self, found: Tensor) -> Tensor:
-        if found.device.type == "cpu":
-            return torch.from_numpy(self.rows.of.take(found.numpy(), mode="wrap"))
-        return self._mirrored(found)
+        return self._mirrored(found) if found.is_cuda else torch.from_numpy(self.rows.of[found.numpy()])
 
     def _mirrored(self, found: Tensor) -> Tensor:
         """The ids of these rows without a copy to the host."""
@@ -1068,8 +1068,7 @@ class Index:
         if self.device is None:
             return f"{self.asked}: where the first vectors come from"
         if self.flat is not None:
-            engine = engine_for(self.device, self.flat.buffer.dtype)
-            return f"{self.device} ({'torch' if engine == 'torch' else 'FAISS'})"
+            return f"{self.device} ({'torch' if self.flat.engine == 'torch' else 'FAISS'})"
         assert self.built is not None
         return f"{faiss_gpus()} GPUs (FAISS)" if self.built.place == "all" else f"{self.built.place or 'cpu'} (FAISS)"
 

@@ -286,9 +286,13 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, finished: Any) ->
         feeding.feed(tmp_path, images(tmp_path / "new.npz", 1))
 
 
-def test_a_feed_that_cannot_be_learned_leaves_the_run_as_it_was(tmp_path: Path, finished: Any) -> None:
+def test_a_feed_that_cannot_be_learned_leaves_the_run_as_it_was(tmp_path: Path, finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished("icarl", tmp_path / "run", memory={"exemplars": 10}, engine={"checkpoint": {"every": "task"}})
     before = contents(run)
+    with pytest.raises(ConfigError, match=r"memory.exemplars is 10, less than one sample for each of the 12 classes that will come"):
+        feeding.feed(run, images(tmp_path / "new.npz", 3, 4, turned=True))
+    assert contents(run) == before
+    monkeypatch.setattr("streamcl.engine._check_exemplars", lambda *arguments: None)  # so that it fails in the middle
     with pytest.raises(
         ConfigError, match=r"memory.exemplars is 10, less than one sample for each of the 12(.|\n)*The data was not taken"
     ) as told:

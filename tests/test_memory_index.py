@@ -371,13 +371,13 @@ def test_chunked_torch_finds_what_faiss_finds(metric: Any, block: int, monkeypat
     monkeypatch.setattr(chunked, "SCORES", block)
     index, ids, _ = filled("Flat", metric)
     forced, _, _ = filled("Flat", metric)
+    assert forced.flat is not None
+    forced.flat.engine = "torch"
+    assert forced.about()["device"] == "cpu (torch)" and index.about()["device"] == "cpu (FAISS)"
     for queries in (points(20, 1), points(3, 2)):
         for options in ({}, {"where": ids[::2]}, {"where": ids[:3]}):
             expected = index.search(queries, 5, **options)
-            with monkeypatch.context() as patch:
-                patch.setattr(module, "engine_for", lambda device, dtype: "torch")
-                got = forced.search(queries, 5, **options)
-                assert "torch" in forced.about()["device"]
+            got = forced.search(queries, 5, **options)
             assert torch.equal(got[1], expected[1])
             torch.testing.assert_close(got[0], expected[0], atol=1e-4, rtol=0)
         index.update(ids[7:40], 0.1 * points(33, 5))  # the lengths that torch keeps of the vectors must follow
@@ -390,9 +390,9 @@ def test_many_queries_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(chunked, "QUERIES", 7)
     vectors = Vectors(DIM, torch.device("cpu"), torch.float32)
     vectors.append(points(50))
-    queries = points(30, 1)
-    whole, parts = (nearest(vectors, queries, 3, "l2", engine) for engine in ("faiss", "torch"))  # type: ignore[arg-type]
-    assert torch.equal(whole[1], parts[1])
+    whole = nearest(vectors, points(30, 1), 3, "l2")
+    vectors.engine = "torch"
+    assert torch.equal(nearest(vectors, points(30, 1), 3, "l2")[1], whole[1])
 
 
 def test_a_search_is_exact_within_mixed_precision() -> None:
@@ -906,10 +906,11 @@ def test_brute_force_on_a_gpu_gets_the_tensors_themselves(metric: Any, monkeypat
     fake.GpuDistanceParams, fake.bfKnn, fake.StandardGpuResources = SimpleNamespace, brute, lambda: "workspace"
     vectors = Vectors(DIM, torch.device("cpu"), torch.float32)
     vectors.append(points(50))
+    vectors.engine = "faiss gpu"
     rows = torch.arange(0, 50, 3)
     for few in (points(3, 1), points(40, 1)):
-        got = nearest(vectors, few, 4, metric, "faiss gpu")
-        some = nearest(vectors, few, 4, metric, "faiss gpu", rows)
+        got = nearest(vectors, few, 4, metric)
+        some = nearest(vectors, few, 4, metric, rows)
         true = torch.from_numpy(table("ip" if metric == "cosine" else metric, few, points(50))).float()
         expected = true.topk(4, largest=metric != "l2")
         assert torch.equal(got[1], expected.indices)
@@ -917,7 +918,7 @@ def test_brute_force_on_a_gpu_gets_the_tensors_themselves(metric: Any, monkeypat
         torch.testing.assert_close(got[0], expected.values, atol=1e-4, rtol=0)
     assert len(asked) == 4
     monkeypatch.setattr(chunked, "GPU_MOST", 3)
-    nearest(vectors, points(3, 1), 4, metric, "faiss gpu")
+    nearest(vectors, points(3, 1), 4, metric)
     assert len(asked) == 4  # more neighbours than FAISS finds there: torch did it
 
 

@@ -73,9 +73,12 @@ def test_a_split_by_class_takes_its_share_of_every_class_and_leaves_each_one_sam
     assert torch.bincount(targets[split_by_class(targets, 0.0, generator(0), at_least=1)[1]], minlength=4).tolist() == [1, 1, 1, 0]
 
 
-def test_digits_and_iris_are_split_by_class_with_ids_that_go_on():
+def test_digits_and_iris_are_split_by_class_and_an_id_is_the_row():
     digits, iris = Digits(test_fraction=0.5).load(), Sklearn(set="iris").load()
-    assert digits.train.ids.tolist() + digits.test.ids.tolist() == list(range(1797))
+    assert sorted(digits.train.ids.tolist() + digits.test.ids.tolist()) == list(range(1797))
+    everything = Digits(test_fraction=0).load().train
+    for part in (digits.train, digits.test):
+        assert torch.equal(part[torch.arange(20)].inputs["image"], everything[part.ids[:20]].inputs["image"])
     assert torch.bincount(iris.test.targets).tolist() == [15, 15, 15]
     assert iris.class_names == ["setosa", "versicolor", "virginica"] and iris.licence == "CC BY 4.0"
     assert Digits(test_fraction=0).load().test is None
