@@ -366,6 +366,9 @@ class Structure:
 
     def search(self, queries: Tensor, k: int, only: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Distances and rows; `only` is a bitmap of the rows to find, which no GPU knows."""
+        if self.place is None and not queries.is_cuda:
+            distances, rows = self.search_here(queries.numpy(), k, only)
+            return torch.from_numpy(distances), torch.from_numpy(rows)
         if self.place is None or only is not None:
             distances, rows = self.search_here(queries.cpu().numpy(), k, only)
         elif isinstance(self.place, str):
@@ -814,8 +817,9 @@ class Index:
             if chosen is None:
                 raise
             return self._exact(asked, k, chosen)  # IVF of additive quantizers selects nothing
-        short = (found[:, -1] < 0).nonzero().squeeze(1)
-        if len(short):  # the lists or nodes that were visited held fewer than k
+        last = found[:, -1] if found.is_cuda else found.numpy()[:, -1]
+        if last.min() < 0:  # the lists or nodes that were visited held fewer than k
+            short = (found[:, -1] < 0).nonzero().squeeze(1)
             if built.family == "lists":
                 only = None if chosen is None else self._bitmap(chosen)
                 again: Iterable[Tensor] = map(torch.from_numpy, built.search_here(asked[short].cpu().numpy(), k, only, built.core.nlist))
