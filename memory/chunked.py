@@ -70,7 +70,7 @@ class Vectors:
             grown = self.buffer.new_empty(max(needed, room), self.buffer.shape[1])
             grown[: self.count] = self.view()
             self.buffer = grown
-        if values.device.type == self.buffer.device.type == "cpu" and values.dtype == self.buffer.dtype:
+        if self.engine == "faiss":
             self.buffer.numpy()[self.count : needed] = values.numpy()  # wakes no threads that FAISS would have to wait for
         else:
             self.buffer[self.count : needed] = values
@@ -85,7 +85,10 @@ class Vectors:
         if len(holes):
             self.buffer[holes] = self.buffer[movers]
             self.known = min(self.known, int(holes.min()))
-        self.buffer[count : self.count] = 0
+        if 4 * count < len(self.buffer):
+            self.buffer = self.buffer[:count].clone()
+        else:
+            self.buffer[count : self.count] = 0
         self.count, self.known = count, min(self.known, count)
 
     def lengths(self) -> Tensor:

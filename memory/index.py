@@ -1,9 +1,10 @@
 """Vectors by sample id on FAISS: any `index_factory` string, exact until an index that must be trained has seen enough.
 
-`flat` and all that is not trained yet lies in one tensor (`chunked.py`) and is searched exactly where it lies; anything else is a FAISS
-index, told to search as far as recall@10 against exact search asks for. `auto` stays exact while that is the cheaper one. Cosine is the
-inner product of vectors brought to length one on the way in, which is also what `reconstruct` returns; a vector of zeros stays what it
-is and has cosine 0 with all.
+`Flat` and all that is not trained yet lies in one tensor (`chunked.py`) and is searched exactly where it lies; anything else is a FAISS
+index, told to search as far as recall@10 against exact search asks for. That is measured by queries that lie about the vectors held:
+queries unlike any of them may be answered less well. `auto` stays exact while that is the cheaper one. Cosine is the inner product of
+vectors brought to length one on the way in, which is also what `reconstruct` returns; a vector of zeros stays what it is and has cosine 0
+with all.
 
 Ids are any int64 but -1. Inside, a vector has a row: FAISS numbers vectors on its own, and most of its kinds know no ids. What is removed
 is overwritten at once. HNSW cannot take a node out of its graph: the node stays as a signpost with the vector of a neighbour, no search
@@ -44,11 +45,12 @@ faiss: Any = typed_faiss  # its stubs leave out half of what is used here
 
 POINTS = 39  # per centroid: what FAISS asks for before it trains without a warning
 RECALL, NEIGHBOURS, SAMPLED = 0.95, 10, 64  # what a search must find of the true neighbours, measured on so many held vectors
-# Exact search or an index, measured on one core at 512 dimensions (tools/bench/memory_index.py): below 20,000 vectors a batch of
-# queries costs at most 0.2 ms each; building an index costs what 10,000 to 20,000 of them do, so the searches must have come to that.
-AUTO_VECTORS, AUTO_QUERIES = 20_000, 20_000
-ONE_BY_ONE = 8  # a query that comes alone costs exact search as much as so many in a batch
-AUTO_IVF = 1_000_000  # from here on a graph takes too long to build; up to it, it finds more in less time
+# Exact search or an index, as `tools/bench/memory_index.py --thresholds` measured it on one core at 512 dimensions. Below 20,000 vectors
+# exact search of a batch costs at most 0.2 ms a query. Building an index costs what 13,000 to 23,000 queries do, so the searches must have
+# come to as much. Up to 200,000 vectors a graph answers in a quarter of the time or less whatever the features are like; from there on
+# lists find as much as it does and take new vectors in at a tenth of its cost (0.02 against 0.2 ms).
+AUTO_VECTORS, AUTO_QUERIES, AUTO_IVF = 20_000, 20_000, 200_000
+ONE_BY_ONE = 7  # a query that comes alone costs exact search as much as so many in a batch
 NSG_LEAST = 1000  # vectors: its graph is made of the neighbours of each, which must be there
 REFINED = 10  # candidates for each neighbour that `...,RFlat` compares exactly; FAISS's own default compares none beyond the k
 LONGEST = 1e37  # squared length: distances between longer vectors do not fit float32
@@ -654,8 +656,8 @@ class Index:
 
     def _keys(self, ids: Tensor, vectors: Tensor) -> np.ndarray:
         keys = _ids(ids)
-        if isinstance(vectors, Tensor) and vectors.dim() and len(vectors) != len(keys):
-            raise DataError(f"{len(keys)} ids came with {len(vectors)} vectors: one id for each")
+        if isinstance(vectors, Tensor) and vectors.shape[:1] != keys.shape:
+            raise DataError(f"{len(keys)} ids came with vectors of shape {tuple(vectors.shape)}: one id for each")
         return keys
 
     def add(self, ids: Tensor, vectors: Tensor) -> None:
@@ -693,7 +695,8 @@ class Index:
         if not self.built.index.is_trained:
             self.built.train(flat.cpu().numpy())
         self.built.add(flat, np.arange(len(flat)))
-        truth = self._truth(self.flat.parts(SAMPLED, self.metric), self._of_flat)
+        lying = self.flat
+        truth = self._truth(lambda: lying.parts(SAMPLED, self.metric), self._of_flat)
         few = np.arange(min(len(flat), SAMPLED))
         self.lossy = not torch.allclose(self.built.vectors(few), flat[: len(few)].cpu(), rtol=1e-3, atol=1e-5)
         if self.built.widest:
@@ -980,7 +983,7 @@ class Index:
         def stored(rows: Tensor) -> Tensor:
             return built.vectors(rows.cpu().numpy())
 
-        truth = self._truth(self._parts(self.rows.live(), built), stored)
+        truth = self._truth(lambda: self._parts(self.rows.live(), built), stored)
         width = self.width or (16 if isinstance(built.wide, faiss.IndexHNSW) else 1)
         built.widen(width)
         while (share := self._found(built, *truth, stored)) < RECALL and width < most and self.width is None:
@@ -992,35 +995,37 @@ class Index:
             self.recall, self.measured = share, self.rows.held
         return share
 
-    def _truth(self, parts: Iterable[Part], stored: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Some of the vectors held, their rows, and the distance of the tenth neighbour of each, itself aside."""
+    def _truth(self, parts: Callable[[], Iterable[Part]], stored: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries to measure a search by, and the distance of the tenth neighbour of each.
+
+        They lie beyond vectors that are held, half as far again as from their fifth neighbours: vectors that an index holds are found
+        more easily than new ones, and these about as well.
+        """
         draw = np.random.default_rng(derived(0, "recall", self.rows.held))
-        own = torch.from_numpy(np.sort(draw.choice(self.rows.live(), min(SAMPLED, self.rows.held), replace=False)))
-        asked = stored(own)
-        own = own.to(asked.device)
-        _, found = among(parts, asked, NEIGHBOURS + 1, self.metric, engine_for(asked.device, asked.dtype))
-        distances = self._distances(asked, own, found, stored)
-        return asked, own, distances.topk(min(NEIGHBOURS, max(1, self.rows.held - 1)), largest=self.metric != "l2").values[:, -1:]
+        held = stored(torch.from_numpy(np.sort(draw.choice(self.rows.live(), min(SAMPLED, self.rows.held), replace=False))))
+        engine = engine_for(held.device, held.dtype)
+        fifth = among(parts(), held, min(6, self.rows.held), "l2", engine)[1][:, -1]
+        asked = held + (held - stored(fifth)) / 2
+        if self.metric == "cosine":
+            asked = torch.nn.functional.normalize(asked)
+        found = among(parts(), asked, min(NEIGHBOURS, self.rows.held), self.metric, engine)[1]
+        distances = self._distances(asked, found, stored)
+        return asked, distances.amax(dim=1, keepdim=True) if self.metric == "l2" else distances.amin(dim=1, keepdim=True)
 
-    def _found(self, built: Structure, asked: Tensor, own: Tensor, bar: Tensor, stored: Callable[[Tensor], Tensor]) -> float:
+    def _found(self, built: Structure, asked: Tensor, bar: Tensor, stored: Callable[[Tensor], Tensor]) -> float:
         """The share of the true neighbours that a search finds. What is as near as the tenth counts: equals have no order."""
-        if self.rows.held < 2:
-            return 1.0
+        there = min(NEIGHBOURS, self.rows.held)
         dead = built.family == "graph" and self.rows.held < self.rows.count
-        rows = built.search_here(asked.cpu().numpy(), NEIGHBOURS + 1, self._bitmap(None) if dead else None)[1]
-        distances = self._distances(asked, own, torch.from_numpy(rows).to(asked.device), stored)
-        slack = 1e-5 * bar.abs()
-        near = distances <= bar + slack if self.metric == "l2" else distances >= bar - slack
-        there = min(NEIGHBOURS, self.rows.held - 1)
-        return round(int(near.sum(dim=1).clamp(max=there).sum()) / (len(near) * there), 4)
+        rows = torch.from_numpy(built.search_here(asked.cpu().numpy(), there, self._bitmap(None) if dead else None)[1]).to(asked.device)
+        some = int(self.rows.live()[0])  # in the place of what was not found
+        distances = self._distances(asked, torch.where(rows < 0, some, rows), stored)
+        near = distances <= bar + 1e-5 * bar.abs() if self.metric == "l2" else distances >= bar - 1e-5 * bar.abs()
+        return round(int((near & (rows >= 0)).sum()) / (len(rows) * there), 4)
 
-    def _distances(self, asked: Tensor, own: Tensor, found: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
-        """Distances to the rows that were found, one by one; the vector itself and what is missing are the farthest."""
-        vectors = stored(torch.where(found < 0, own[:1], found).reshape(-1)).view(*found.shape, self.dim)
-        asked = asked[:, None]
-        distances = (vectors - asked).square().sum(dim=2) if self.metric == "l2" else (vectors * asked).sum(dim=2)
-        nothing = (found < 0) | (found == own[:, None])
-        return distances.masked_fill(nothing, float("inf") if self.metric == "l2" else float("-inf"))
+    def _distances(self, asked: Tensor, found: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
+        """Distances to the rows that were found, one by one."""
+        vectors, asked = stored(found.reshape(-1)).view(*found.shape, self.dim), asked[:, None]
+        return (vectors - asked).square().sum(dim=2) if self.metric == "l2" else (vectors * asked).sum(dim=2)
 
     def measure_recall(self) -> float:
         """Recall@10 of the index as it is, against exact search, on a sample of held vectors; it stands in `about` from then on.
@@ -1029,7 +1034,7 @@ class Index:
         """
         if self.flat is None and self.built is not None and self.rows.held and not self.lossy:
             stored, built = self._stored_tensor, self.built
-            truth = self._truth(self._parts(self.rows.live(), built), stored)
+            truth = self._truth(lambda: self._parts(self.rows.live(), built), stored)
             self.recall, self.measured = self._found(built, *truth, stored), self.rows.held
         return 1.0 if self.recall is None else self.recall
 
