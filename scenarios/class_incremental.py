@@ -76,7 +76,7 @@ class ClassIncremental(Scenario):
         if lacking:
             raise DataError(f"class_incremental: no training sample of {_shown(lacking)}: add some, or leave the class out with `classes`")
 
-        self._train, self._test = loaded.train, loaded.test
+        self._train, self._test, self.problems = loaded.train, loaded.test, loaded.problems
         self._names = [loaded.class_names[number] for number in arrival]
         self._bounds = np.cumsum([0] + [len(group) for group in groups]).tolist()
         self._relabel = torch.full((len(loaded.class_names),), -1, dtype=torch.int64)

@@ -21,6 +21,7 @@ class MapDataset:
     targets: Tensor
     ids: Tensor
     workers: int = 0  # processes that read ahead
+    among: tuple[int, ...] | None = None  # of a test set: the classes that its samples are decided among, where not all that were seen
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,17 +87,31 @@ class FileDataset(MapDataset):
     """Samples that are decoded when they are read, ahead of time by `workers` processes (0: in this one).
 
     `decode(rows)` gets row numbers and returns the columns of these rows; it runs inside the workers, so it must not hold open
-    files. A record that does not decode raises DataError with the file and the row.
+    files. A record that does not decode raises DataError with the file and the row. `extra` and `present` lie in memory.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], dict[str, Column]], targets: Tensor, ids: Tensor | None = None, workers: int = 2
+        self,
+        decode: Callable[[list[int]], dict[str, Column]],
+        targets: Tensor,
+        ids: Tensor | None = None,
+        workers: int = 2,
+        extra: dict[str, Column] | None = None,
+        present: dict[str, Tensor] | None = None,
     ) -> None:
         self.decode, self.targets, self.workers = decode, targets, workers
         self.ids = torch.arange(len(targets)) if ids is None else ids
+        self.extra, self.present = extra or {}, present
 
     def __getitem__(self, indices: Tensor) -> Batch:
-        return Batch(self.decode(indices.tolist()), self.targets.index_select(0, indices), self.ids.index_select(0, indices))
+        return Batch(
+            self.decode(indices.tolist()),
+            self.targets.index_select(0, indices),
+            self.ids.index_select(0, indices),
+            None if self.present is None else {name: mask.index_select(0, indices) for name, mask in self.present.items()},
+            None,
+            {name: take(values, indices) for name, values in self.extra.items()} if self.extra else {},
+        )
 
 
 class _Guarded:
@@ -117,27 +132,35 @@ def _as_it_is(answer: Any) -> Any:
 
 
 class Subset(MapDataset):
-    """Some samples of another data set, in a given order, with its classes renumbered by `relabel` where that is given."""
+    """Some samples of another data set, in a given order, with its classes renumbered by `relabel` or its targets replaced.
 
-    def __init__(self, dataset: Dataset, indices: Tensor, relabel: Tensor | None = None) -> None:
-        targets = dataset.targets.index_select(0, indices)
-        self.targets = targets if relabel is None else relabel[targets]
-        self.dataset, self.indices, self.relabel = dataset, indices, relabel
+    For a matrix of labels `relabel` lists the columns to keep, -1 for one that is not annotated here.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Tensor, relabel: Tensor | None = None, targets: Tensor | None = None) -> None:
+        if targets is None:
+            own = dataset.targets.index_select(0, indices)
+            targets = own if relabel is None else relabelled(own, relabel)
+            self.own = relabel is None  # the targets that the data set reads are the ones of this view
+        else:
+            self.own = False
+        self.targets, self.dataset, self.indices = targets, dataset, indices
         self.ids = dataset.ids.index_select(0, indices)
         self.workers = getattr(dataset, "workers", 0)
 
-    def _finish(self, batch: Batch) -> Batch:
-        if self.relabel is not None and batch.target is not None:
-            batch.target = self.relabel.index_select(0, batch.target)
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
+        if not self.own:
+            batch.target = self.targets.index_select(0, indices)
         return batch
 
     def __getitem__(self, indices: Tensor) -> Batch:
-        return self._finish(self.dataset[self.indices.index_select(0, indices)])
+        return self._finish(self.dataset[self.indices.index_select(0, indices)], indices)
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
         if isinstance(self.dataset, ArrayDataset):
             return self._read_in_memory(self.dataset, order, size)
-        return map(self._finish, self.dataset.read(self.indices.index_select(0, order), size))
+        parts = order.split(size) if len(order) else ()
+        return map(self._finish, self.dataset.read(self.indices.index_select(0, order), size), parts)
 
     def _read_in_memory(self, data: ArrayDataset, order: Tensor, size: int) -> Iterator[Batch]:
         """Many small batches are looked up at once and handed out as views."""
@@ -157,6 +180,16 @@ class Subset(MapDataset):
                     None,
                     {name: pieces[step] for name, pieces in extra.items()} if extra else {},
                 )
+
+
+def relabelled(targets: Tensor, relabel: Tensor) -> Tensor:
+    """Classes by their new number; of a matrix of labels the columns `relabel`, where -1 is one that is not annotated."""
+    if targets.dim() == 1:
+        return relabel.index_select(0, targets)
+    if targets.dtype == torch.uint8:  # masks: 255 stays what it is
+        return torch.cat([relabel, relabel.new_full((256 - len(relabel),), 255)])[targets.long()].to(torch.uint8)
+    kept = targets.index_select(1, relabel.clamp(min=0))
+    return kept.masked_fill(relabel < 0, -1)
 
 
 def _pieces(column: Column, size: int) -> Sequence[Column]:
@@ -183,6 +216,71 @@ class Joined(MapDataset):
         if len(pieces) == 1:
             return pieces[0]
         return Batch.cat(pieces)[torch.cat(places).argsort()]
+
+
+class Masked(MapDataset):
+    """Samples of which some lack a modality: `present` says which have it, and the value of one that is absent cannot be read.
+
+    It is NaN in floats, 0 in integers, "" in text. What the data set lacks itself stays absent.
+    """
+
+    def __init__(self, dataset: Dataset, present: dict[str, Tensor]) -> None:
+        self.dataset, self.present, self.targets, self.ids = dataset, present, dataset.targets, dataset.ids
+        self.workers = getattr(dataset, "workers", 0)
+
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
+        masks = dict(batch.present or {})
+        for name, mask in self.present.items():
+            mine = mask.index_select(0, indices)
+            masks[name] = mine & masks[name] if name in masks else mine
+        return batch.replace(inputs={name: blanked(values, masks.get(name)) for name, values in batch.inputs.items()}, present=masks)
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self._finish(self.dataset[indices], indices)
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        return map(self._finish, self.dataset.read(order, size), order.split(size) if len(order) else ())
+
+
+def blanked(values: Column, present: Tensor | None) -> Column:
+    """A column without the values that are absent."""
+    if present is None or bool(present.all()):
+        return values
+    if isinstance(values, list):
+        return [value if there else "" for value, there in zip(values, present.tolist(), strict=True)]
+    there = present.to(values.device).view(-1, *[1] * (values.dim() - 1))
+    return values.masked_fill(~there, torch.nan if values.is_floating_point() else 0)
+
+
+class Told(MapDataset):
+    """Samples with the number of their task, as a task-incremental protocol tells it."""
+
+    def __init__(self, dataset: Dataset, task: int) -> None:
+        self.dataset, self.task, self.targets, self.ids = dataset, task, dataset.targets, dataset.ids
+        self.workers = getattr(dataset, "workers", 0)
+
+    def _finish(self, batch: Batch) -> Batch:
+        return batch.replace(task=torch.full_like(batch.ids, self.task))
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self._finish(self.dataset[indices])
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        return map(self._finish, self.dataset.read(order, size))
+
+
+class Unlabelled(MapDataset):
+    """Samples without their targets, as a deployed model is served them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.ids = dataset, dataset.ids
+        self.workers = getattr(dataset, "workers", 0)
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self.dataset[indices].replace(target=None)
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        return (batch.replace(target=None) for batch in self.dataset.read(order, size))
 
 
 class SinglePass(MapDataset):
@@ -245,8 +343,12 @@ __all__ = [
     "FileDataset",
     "Joined",
     "MapDataset",
+    "Masked",
     "SinglePass",
     "Subset",
+    "Told",
+    "Unlabelled",
+    "blanked",
     "check_finite",
     "join",
     "place_in_class",

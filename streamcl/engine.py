@@ -71,6 +71,8 @@ class Engine:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         seed_everything(seed)
+        scenario.workdir = folder.path / "stream" if folder else None
+        scenario.interrupted = lambda: self.__dict__.get("context") is not None and self.context.interrupted
         self.info = scenario.open(seed)
         model.build(self.info)
         if weights is not None:  # the backbone's first weights, where it does not start from its own
@@ -138,7 +140,7 @@ class Engine:
         self.last_progress: tuple[int, float] | None = None  # samples and time; None until a task's first batch is through
         self.stamp = time.monotonic()  # up to when `seconds` are accounted for
         self.revocable = False  # what fails before the next checkpoint is undone by whoever started it, who says how to go on
-        self.notes: list[str] = []  # warnings from before there is anyone to hear them
+        self.notes = [f"left out of the data: {count} x {what}" for what, count in scenario.problems.items()]
         self.changed: dict[str, dict[str, Any]] = {}  # the plug-ins that are not what files.json says, and what it is to say
         self._figures: dict[str, list[float]] = {}
         self._measures = type(strategy).measure is not Strategy.measure

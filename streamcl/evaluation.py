@@ -6,32 +6,34 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from streamcl.errors import ConfigError, DataError, PluginError
+from streamcl.metrics import METRICS, Answer, Metric, Room
 from streamcl.stream import Batch, Dataset, Prediction, StreamInfo, Task
-
-if TYPE_CHECKING:
-    from streamcl.metrics import Metric
 
 Row = Sequence[float | None] | None
 Part = Literal["test", "validation"]
 Columns = Sequence[tuple[Task, Dataset]]
 
-METRICS = {"accuracy": "Accuracy"}  # the name in StreamInfo.metrics -> the class in streamcl/metrics.py
 PROTOCOLS = ("class_incremental", "task_incremental")
+UNSCORED = "none"  # of a stream that names no metric: the strategy's own figures are all there is
 DECISION = ""  # the head that Prediction.scores is, beside the named second opinions
 
 DEFINITIONS = {
     "matrix": "R[i][j]: the metric on the test set of task j after learning task i, tasks numbered 0 to T-1; null where nothing "
-    "was scored.",
+    "was scored. Metrics of label sets (map, cf1, of1, macro_f1) count by class: R[i][j] is over the classes that task j brought, on all "
+    "that is scored after task i.",
+    "lower": "Of mae and rmse less is better; every difference (forgetting, transfer, drop) is taken with the sign turned, so that it "
+    "says the same.",
     "per_task": "S[i]: the metric on the union of the test sets of tasks 0..i after learning task i, every sample weighing the same. "
     "Several toolboxes take the mean of R[i][0..i] instead, which is the same only for test sets of equal size.",
     "average_incremental": "(1/T) sum over i of S[i]; a large first task is one term like any other. As PyCIL averages its top-1 curve.",
     "final": "S[T-1]. PyCIL and the survey of class-incremental learning call it the last accuracy.",
+    "performance_drop": "S[0] minus S[T-1], as few-shot class-incremental learning reports it (PD).",
     "final_task_mean": "(1/T) sum over j of R[T-1][j], every task weighing the same. Often called the average accuracy A_T.",
     "forgetting": "1/(T-1) sum over j < T-1 of (max over l < T-1 of R[l][j], minus R[T-1][j]), as Chaudhry et al. (2018); tasks without a "
     "test set are left out. Mammoth and PyCIL take the maximum over all rows, the last one too (never negative); Continuum over l >= j; "
@@ -62,14 +64,14 @@ def mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(numbers) / len(numbers) if numbers else None
 
 
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+def _minus(a: float | None, b: float | None, sign: float = 1.0) -> float | None:
+    return None if a is None or b is None else sign * (a - b)
 
 
-def summarise(rows: Sequence[Row], per_task: Sequence[float | None], baseline: Row = None) -> dict[str, Any]:
+def summarise(rows: Sequence[Row], per_task: Sequence[float | None], baseline: Row = None, lower: bool = False) -> dict[str, Any]:
     """The figures that follow from a matrix and from the scores on all that was seen; DEFINITIONS says how.
 
-    Rows may be of unequal length, and None where nothing was scored; T-1 is the last row that was.
+    Rows may be of unequal length, and None where nothing was scored; T-1 is the last row that was. With `lower` less is better.
     """
     width = max((len(row) for row in rows if row is not None), default=0)
     matrix = [[*(row or ()), *[None] * (width - len(row or ()))] for row in rows]
@@ -79,35 +81,39 @@ def summarise(rows: Sequence[Row], per_task: Sequence[float | None], baseline: R
         "per_task": list(per_task),
         "average_incremental": mean(per_task),
         "final": next((value for value in reversed(per_task) if value is not None), None),
+        "performance_drop": None,
         "final_task_mean": None,
         "forgetting": None,
         "backward_transfer": None,
         "forward_transfer": None,
         "learning_accuracy": None,
     }
+    known = [value for value in per_task if value is not None]
+    summary["performance_drop"] = _minus(known[0], known[-1], -1.0 if lower else 1.0) if known else None
     if not scored:
         return summary
     last = scored[-1]
+    sign = -1.0 if lower else 1.0
     diagonal = [matrix[j][j] if j < width else None for j in range(last + 1)]
     summary["final_task_mean"] = mean(matrix[last][: last + 1])
-    summary["forgetting"] = mean(forgetting_per_task(matrix, last))
-    summary["backward_transfer"] = mean(_minus(matrix[last][j], diagonal[j]) for j in range(min(last, width)))
+    summary["forgetting"] = mean(forgetting_per_task(matrix, last, lower))
+    summary["backward_transfer"] = mean(_minus(matrix[last][j], diagonal[j], sign) for j in range(min(last, width)))
     summary["learning_accuracy"] = mean(diagonal)
     if baseline is not None:
         ahead = range(1, min(last + 1, width, len(baseline)))
-        summary["forward_transfer"] = mean(_minus(matrix[j - 1][j], baseline[j]) for j in ahead)
+        summary["forward_transfer"] = mean(_minus(matrix[j - 1][j], baseline[j], sign) for j in ahead)
     return summary
 
 
-def forgetting_per_task(matrix: Sequence[Sequence[float | None]], last: int | None = None) -> list[float | None]:
+def forgetting_per_task(matrix: Sequence[Sequence[float | None]], last: int | None = None, lower: bool = False) -> list[float | None]:
     """How far each task before the last fell below the best that it ever had before row `last` (the last one by default)."""
     last = len(matrix) - 1 if last is None else last
     if last < 0:
         return []
     drops: list[float | None] = []
     for j in range(min(last, len(matrix[last]))):
-        best = max((value for row in matrix[:last] if (value := row[j]) is not None), default=None)
-        drops.append(_minus(best, matrix[last][j]))
+        best = (min if lower else max)((value for row in matrix[:last] if (value := row[j]) is not None), default=None)
+        drops.append(_minus(best, matrix[last][j], -1.0 if lower else 1.0))
     return drops
 
 
@@ -127,11 +133,21 @@ class Evaluation:
         world: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.metrics, self.protocols = tuple(info.metrics) or (UNSCORED,), tuple(dict.fromkeys(protocols))
         for kind, given, known in (("metric", info.metrics, tuple(METRICS)), ("protocol", protocols, PROTOCOLS)):
             unknown = [name for name in given if name not in known]
-            if unknown or not given:
+            if unknown or not (given or kind == "metric"):
                 raise ConfigError(f"{kind} {', '.join(map(repr, unknown)) or 'none'}: one or more of {', '.join(known)} are needed")
-        self.metrics, self.protocols = tuple(info.metrics), tuple(dict.fromkeys(protocols))
+        for name in info.metrics:
+            if info.target not in METRICS[name].targets:
+                fitting = ", ".join(other for other, entry in METRICS.items() if info.target in entry.targets)
+                raise ConfigError(f"metric {name!r} does not score a stream whose target is {info.target}: {fitting or 'nothing'} does")
+        if info.target != "class" and self.protocols != ("class_incremental",):
+            raise ConfigError(
+                f"evaluate.protocols: task_incremental decides among the classes of a sample's own task, and the target of this stream is "
+                f"{info.target}: set evaluate.protocols=[class_incremental]"
+            )
+        self.target, self.threshold = info.target, info.threshold
         self.batch, self.rank, self.world, self.device = batch, rank, world, device
         self._class_names = dict(enumerate(info.class_names))
         self._tasks: dict[int, dict[str, Any]] = {}
@@ -216,38 +232,51 @@ class Evaluation:
         self, upto: int, columns: Columns, predict: Callable[[Batch], Prediction], between: Callable[[], None] | None
     ) -> tuple[dict[str, Any], str | None]:
         """Predict every column once; protocol -> head -> metric -> {row, seen, per_class, domains}, and a warning or None."""
-        from streamcl import metrics
+        from streamcl.metrics import classes as counting
 
         columns = [(task, dataset) for task, dataset in columns if len(dataset)]
+        if columns and self.metrics == (UNSCORED,):
+            raise PluginError("the scenario gives a test set and names no metric in its StreamInfo: one is needed to score it")
         settings: dict[str, Any] = {"distributed_available_fn": lambda: self.world > 1}
-        classes = max((_classes(task, dataset) for task, dataset in columns), default=0)
+        room = Room(
+            max((_classes(task, dataset, self.target) for task, dataset in columns), default=0),
+            {task.index: task.classes for task, _ in columns if task.index <= upto},
+            self.threshold,
+        )
         tally: dict[tuple[str, str, str, str], Metric] = {}
-        not_finite = metrics.total(settings["distributed_available_fn"], self.device)
+        not_finite = counting.total(settings["distributed_available_fn"], self.device)
         samples = sum(len(dataset) for _, dataset in columns)
 
-        def metric(*key: str) -> Metric:
+        def metric(*key: Any) -> Metric:
             if key not in tally:
-                tally[key] = getattr(metrics, METRICS[key[2]])(classes, **settings).to(self.device)  # type: ignore[index]
-            return tally[key]  # type: ignore[index]
+                tally[key] = METRICS[key[2]].load()(room, **settings).to(self.device)
+            return tally[key]
 
+        needed = {METRICS[name].reads for name in self.metrics if name in METRICS}
         heads = {DECISION}
         for task, dataset in columns:
             own = sorted(task.classes or task.labels)
+            among = getattr(dataset, "among", None)
             mine = torch.arange(self.rank, len(dataset), self.world)
             for batch in dataset.read(mine, self.batch):
-                if batch.target is None:
+                if batch.target is None and self.target != "text":
                     raise DataError(f"the test set of task {task.name!r} has no targets: every sample that is scored needs one")
                 prediction = predict(batch)
                 for head, given in {DECISION: prediction.scores, **prediction.heads}.items():
                     heads.add(head)
-                    scores, bad = _answers(given, batch, head)
-                    target = batch.target.to(scores.device)
-                    if head == DECISION:
-                        not_finite.update(bad.to(self.device))
+                    scores = None
+                    if "scores" in needed:
+                        scores, bad = _answers(given, batch, head, self.target)
+                        if among is not None:
+                            scores = _only(scores, among)
+                        if head == DECISION:
+                            not_finite.update(bad.to(self.device))
                     for protocol in self.protocols:
-                        offered = scores if protocol == "class_incremental" else _only(scores, own)
+                        offered = scores if scores is None or protocol == "class_incremental" else _only(scores, own)
+                        answer = Answer(batch, offered, prediction.texts, prediction.embeddings)
                         for name, place in itertools.product(self.metrics, _places(task, upto)):
-                            metric(protocol, head, name, place).update(offered, target)
+                            if place == "seen" or not METRICS[name].by_class:
+                                metric(protocol, head, name, place).update(answer)
                 if between is not None:
                     between()
 
@@ -264,16 +293,23 @@ class Evaluation:
         width = 1 + max((task.index for task, _ in columns), default=-1)
         domains = dict.fromkeys(str(task.about["domain"]) for task, _ in columns if task.index <= upto and "domain" in task.about)
         record: dict[str, Any] = {}
+        if self.metrics == (UNSCORED,):
+            nothing: dict[str, Any] = {"row": [None] * width, "seen": None, "per_class": None, "domains": {}}
+            return {protocol: {DECISION: {UNSCORED: nothing}} for protocol in self.protocols}, None
         for protocol, head, name in itertools.product(self.protocols, sorted(heads), self.metrics):
             row: list[float | None] = [None] * width
-            for task, _ in columns:
-                row[task.index] = computed(metric(protocol, head, name, f"column {task.index}")).value
             seen = computed(metric(protocol, head, name, "seen"))
+            by_class = name in METRICS and METRICS[name].by_class
+            for task, _ in columns:
+                if by_class:
+                    row[task.index] = (seen.per_task or {}).get(task.index)
+                else:
+                    row[task.index] = computed(metric(protocol, head, name, f"column {task.index}")).value
             record.setdefault(protocol, {}).setdefault(head, {})[name] = {
                 "row": row,
                 "seen": seen.value,
                 "per_class": seen.per_class,
-                "domains": {domain: computed(metric(protocol, head, name, f"domain {domain}")).value for domain in domains},
+                "domains": {domain: computed(metric(protocol, head, name, f"domain {domain}")).value for domain in domains if not by_class},
             }
         count = int(computed(not_finite))
         warning = f"{count} of {samples} samples had scores that are not finite (NaN or infinite); they count as wrong" if count else None
@@ -323,7 +359,7 @@ class Evaluation:
         per_class = each("per_class")
         classes = max((len(row) for row in per_class if row), default=0)
         return {
-            **summarise(each("row"), each("seen"), baseline),
+            **summarise(each("row"), each("seen"), baseline, lower=name in METRICS and METRICS[name].lower),
             "per_class": {
                 "classes": [self._class_names.get(c, str(c)) for c in range(classes)],
                 "matrix": [[*(row or ()), *[None] * (classes - len(row or ()))] for row in per_class],
@@ -387,30 +423,42 @@ def _places(task: Task, upto: int) -> list[str]:
     return places
 
 
-def _classes(task: Task, dataset: Dataset) -> int:
-    """How many classes there must be room for to count this data set."""
-    if dataset.targets.dim() > 1:
-        return dataset.targets.shape[1]
-    if not dataset.targets.is_floating_point() and int(dataset.targets.min()) < 0:
-        row = int((dataset.targets < 0).nonzero()[0])
+def _classes(task: Task, dataset: Dataset, target: str) -> int:
+    """How many classes (values, groups) there must be room for to count this data set."""
+    given = dataset.targets
+    if target == "labels":
+        return given.shape[1] if given.dim() > 1 else 1
+    if target == "value":
+        return given[0].numel()
+    if target == "mask":
+        return max(max(task.seen, default=0) + 1, int(given[given != 255].max()) + 1 if bool((given != 255).any()) else 1)
+    if given.dim() > 1 or given.is_floating_point():
+        raise DataError(f"the test set of task {task.name!r} has targets of shape {tuple(given.shape)}, and the stream says {target!r}")
+    if int(given.min()) < 0:
+        row = int((given < 0).nonzero()[0])
         raise DataError(f"the test set of task {task.name!r} has no class in row {row}: every sample that is scored needs one")
-    return int(dataset.targets.max()) + 1
+    return int(given.max()) + 1
 
 
-def _answers(given: Tensor | None, batch: Batch, head: str) -> tuple[Tensor, Tensor]:
+def _answers(given: Tensor | None, batch: Batch, head: str, target: str) -> tuple[Tensor, Tensor]:
     """Scores with at least one class, rows that hold NaN or infinity emptied to -inf; and how many of these there were."""
     which = f"head {head!r}" if head else "scores"
     if given is None:
         raise PluginError("the strategy's predict returned no scores, and this stream's metrics need them")
-    if given.dim() != 2 or len(given) != len(batch):
+    dims = {"value": (1, 2), "mask": (4,)}.get(target, (2,))
+    if given.dim() not in dims or len(given) != len(batch):
+        wanted = {"value": "(samples, values)", "mask": "(samples, classes, height, width)"}.get(target, "(samples, classes)")
         raise PluginError(
-            f"the strategy's predict returned {which} of shape {tuple(given.shape)} for {len(batch)} samples: (samples, classes) is needed"
+            f"the strategy's predict returned {which} of shape {tuple(given.shape)} for {len(batch)} samples: {wanted} is needed"
         )
     scores = given.detach() if given.is_floating_point() else given.double()
+    if target == "value":  # there is no class to leave out: what is not finite stays, and the error of the metric with it
+        return scores, (~scores.reshape(len(batch), -1).isfinite().all(dim=1)).sum()
     if scores.shape[1] == 0:
-        return scores.new_full((len(scores), 1), -math.inf), torch.zeros((), device=scores.device)
-    bad = ~scores.amax(dim=1).isfinite()  # amax passes NaN on; a few -inf are classes that the strategy does not offer
-    return scores.masked_fill(bad[:, None], -math.inf), bad.sum()
+        return scores.new_full((len(scores), 1, *scores.shape[2:]), -math.inf), torch.zeros((), device=scores.device)
+    bad = ~scores.amax(dim=1).flatten(1).isfinite().all(dim=1) if scores.dim() > 2 else ~scores.amax(dim=1).isfinite()
+    # amax passes NaN on; a few -inf are classes that the strategy does not offer
+    return scores.masked_fill(bad.view(-1, *[1] * (scores.dim() - 1)), -math.inf), bad.sum()
 
 
 def _only(scores: Tensor, classes: Sequence[int]) -> Tensor:

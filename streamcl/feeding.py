@@ -233,8 +233,8 @@ class _Delivered(Subset):
         super().__init__(dataset, indices, relabel)
         self.first_id, self.ids = first_id, self.ids + first_id
 
-    def _finish(self, batch: Batch) -> Batch:
-        return super()._finish(batch).replace(ids=batch.ids + self.first_id)
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
+        return super()._finish(batch, indices).replace(ids=batch.ids + self.first_id)
 
 
 class Deferred(MapDataset):

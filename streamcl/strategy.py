@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from streamcl.context import Context
 from streamcl.data import ArrayDataset, Joined
 from streamcl.errors import ConfigError, PluginError, TrainingError
+from streamcl.nn.losses import CRITERIA
 from streamcl.options import NonNegativeInt, Optimizer, PositiveFloat, PositiveInt, Schedule, Stage, Stages
 from streamcl.plugins import shown
 from streamcl.stream import Batch, Dataset, Prediction, StreamInfo, Task
@@ -45,7 +46,7 @@ class Strategy(ABC):
 
     def predict(self, batch: Batch) -> Prediction:
         """Scores of a prepared batch for the classes seen so far. The model is in evaluation mode and gradients are off."""
-        return Prediction(self.model(batch))
+        return Prediction(self.model(batch), threshold=self.info.threshold if self.info.target == "labels" else None)
 
     def adapt(self, batch: Batch) -> Prediction:
         """Predict, and learn from what is served."""
@@ -196,7 +197,10 @@ class GradientStrategy(Strategy):
             )
         for term in self.terms:
             term.start(self)
-        self.criterion: Callable[..., Tensor] = next((t.criterion for t in self.terms if t.criterion), cross_entropy)
+        usual = CRITERIA.get(info.target)
+        if usual is None:
+            raise ConfigError(f"{type(self).__name__} learns {', '.join(CRITERIA)}, and the target of this stream is {info.target}")
+        self.criterion: Callable[..., Tensor] = next((t.criterion for t in self.terms if t.criterion), usual)
         overriding = {
             hook: [getattr(t, hook) for t in self.terms if _overrides(t, Term, hook)] for hook in ("loss", "after_backward", "after_step")
         }
@@ -372,12 +376,17 @@ class GradientStrategy(Strategy):
 
     @torch.no_grad()
     def validate(self, data: Dataset) -> float:
-        """What early stopping watches: the head's accuracy, higher is better."""
-        right = 0
+        """What early stopping watches, higher is better: the head's accuracy, or minus the mean loss where there are no classes."""
+        right = 0.0
         with self.model.evaluating(), self.context.autocast():
             for raw in data.batches(512):
                 batch = self.context.prepare(raw, train=False)
-                right += int((self.model(batch).argmax(dim=1) == batch.target).sum())
+                answer, target = self.model(batch), batch.target
+                assert target is not None
+                if self.info.target == "class":
+                    right += int((answer.argmax(dim=1) == target).sum())
+                else:
+                    right -= float(CRITERIA[self.info.target](answer, target)) * len(batch)
         return right / max(1, len(data))
 
     # -- state ------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -169,7 +170,7 @@ def _plainly_joined(a: Batch, b: Batch) -> Batch | None:
 class Dataset(Protocol):
     """Samples by index, a batch at a time. A live source has only `batches`."""
 
-    targets: Tensor  # (samples,), or (samples, classes) in multi-label streams
+    targets: Tensor  # (samples,), or (samples, ...): see SourceData
     ids: Tensor  # (samples,)
 
     def __len__(self) -> int: ...
@@ -187,18 +188,22 @@ class Dataset(Protocol):
 class Prediction:
     """What a strategy answers: `scores` (batch, classes seen so far; or values for regression), `texts`, or `images`.
 
-    `heads` holds second opinions that are scored beside it. In the online loop `made` says whether it was made before or after
-    the update.
+    `heads` holds second opinions that are scored beside it. Where a sample may have several labels, scores are logits and `threshold`
+    is the probability from which a label is given. In the online loop `made` says whether it was made before or after the update.
     """
 
     scores: Tensor | None = None
     texts: list[str] | None = None
     images: Tensor | None = None
     heads: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)  # modality -> (batch, dim), where a stream is scored by retrieval
+    threshold: float | None = None
     made: str = "before"
 
     def labels(self) -> Tensor | list[str]:
-        """The decision: the class with the highest score, or the text."""
+        """The decision: the class with the highest score, for several labels which of them are given, or the text."""
+        if self.scores is not None and self.threshold is not None:
+            return self.scores.sigmoid() > self.threshold  # (batch, classes)
         if self.scores is not None:
             return self.scores.argmax(dim=-1)
         if self.texts is not None:
@@ -208,7 +213,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Modality:
-    """One kind of input. `kind` is image, audio, vector or text; `shape` is one sample's; integers run from 0 to `high`."""
+    """One kind of input. `kind` is image, video, audio, vector or text; `shape` is one sample's; integers run from 0 to `high`."""
 
     kind: str
     shape: tuple[int, ...] = ()
@@ -220,7 +225,7 @@ class StreamInfo:
     """What is known of a stream before its first task."""
 
     modalities: Mapping[str, Modality]
-    target: str = "class"  # class | labels (multi-label) | value | mask | text
+    target: str = "class"  # class | labels (multi-label) | value | mask | text | image
     metrics: tuple[str, ...] = ("accuracy",)  # the first is the one that fills the matrix
     classes: int | None = None  # None where the stream does not know
     tasks: int | None = None
@@ -229,6 +234,7 @@ class StreamInfo:
     test_time: bool = False  # an unlabelled stream that is served, not trained on
     licence: str = "unknown"
     class_names: tuple[str, ...] = ()  # in order of arrival, as far as known
+    threshold: float = 0.5  # multi-label: the probability from which a label counts as given
 
 
 @dataclass
@@ -257,8 +263,22 @@ class Task:
 
 
 @dataclass
+class Grouping:
+    """A way to divide a source's samples beside their classes: by domain, speaker, alphabet, skill."""
+
+    names: list[str]
+    train: Tensor  # (training samples,) int64
+    test: Tensor | None = None  # (test samples,) int64
+
+
+@dataclass
 class SourceData:
-    """What a source loads: everything there is, with classes numbered as the source numbers them."""
+    """What a source loads: everything there is, with classes numbered as the source numbers them.
+
+    What `targets` of its data sets hold depends on `target`. class: the number of the class. labels: (samples, classes) int8 of 1, 0,
+    or -1 for not annotated. value: (samples,) or (samples, values) float32. mask: (samples, height, width) uint8, 255 where nothing is
+    annotated. text: the number of the row's group, whose names are `class_names`; the words of the answer lie in `extra["answer"]`.
+    """
 
     train: Dataset
     test: Dataset | None
@@ -267,6 +287,8 @@ class SourceData:
     target: str = "class"
     licence: str = "unknown"
     problems: dict[str, int] = field(default_factory=dict)  # what was left out and why, counted
+    groupings: dict[str, Grouping] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)  # facts that a kind of scenario may need, as JSON values
 
 
 class Source(ABC):
@@ -305,6 +327,9 @@ class Scenario(ABC):
     """
 
     info: StreamInfo
+    workdir: Path | None = None  # a folder of the run for a live stream's own files; set before `open`, None without a run
+    interrupted: Callable[[], bool] = staticmethod(lambda: False)  # whether the run is to stop: asked by a stream that waits
+    problems: Mapping[str, int] = {}  # what the data had wrong and was left out, counted; known once it is open
     bounded_by_classes: ClassVar[tuple[str, ...]] = ()  # options that cannot be above the number of classes: for `streamcl check`
 
     def __init__(self, *, transforms: dict[str, list[Transform]] | None = None, validation: float = 0.0) -> None:

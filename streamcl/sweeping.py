@@ -373,7 +373,8 @@ def _serve() -> None:
     def tell(name: str, code: int | None, message: str) -> None:
         print(json.dumps([name, code, message]), file=answers, flush=True)
 
-    from streamcl import metrics, running  # noqa: F401
+    from streamcl import running  # noqa: F401
+    from streamcl.metrics import classes  # noqa: F401
 
     gc.freeze()  # the runs share all this memory as long as nobody counts references in it
     order = json.loads(sys.stdin.readline())
