@@ -275,7 +275,10 @@ def table(directories: Sequence[Path]) -> str:
 def figure_rows(found: Sequence[Group], columns: Sequence[Column]) -> tuple[list[list[str]], list[str]]:
     """A header and a row for each group, of the columns, memory and seconds; and the lines that say what the numbers are."""
     scales = {
-        (part, key): Scale(value for group in found for value in [*group.values("final", part), *group.values(key, part)])
+        (part, key): Scale(
+            (value for group in found for value in [*group.values("final", part), *group.values(key, part)]),
+            metric=next((str(run.scores["metric"]) for group in found for run in group.runs), None),
+        )
         for part, key, _ in columns
     }
     rows = [["\n".join(textwrap.wrap(title, 12)) for title in [*(title for _, _, title in columns), "memory", "seconds"]]]
@@ -328,7 +331,7 @@ def picture(directories: Sequence[Path], path: Path) -> None:
     if not runs:
         raise RunError("none of these runs is finished: there is nothing to draw")
     found = groups(runs)
-    scale = Scale(value for run in runs for value in run.scores["per_task"])
+    scale = Scale((value for run in runs for value in run.scores["per_task"]), metric=runs[0].scores["metric"])
     factor = 100 if scale.percent else 1
     unit = " (%)" if scale.percent else ""
     metric = runs[0].scores["metric"]
@@ -374,7 +377,7 @@ def matrix_cells(scores: dict[str, Any], width: int) -> tuple[str, list[str], li
         return "nothing was scored", [], [], [], Scale([])
     columns = len(matrix[0])
     room = (width - 6) // (columns + 1)
-    scale = Scale((value for row in [*matrix, seen] for value in row), digits=1 if room >= 7 else 0)
+    scale = Scale((value for row in [*matrix, seen] for value in row), digits=1 if room >= 7 else 0, metric=scores["metric"])
     title = f"{scores['metric']}{' in %' if scale.percent else ''} after each task (down) on the test set of each task (across)"
     header = ["", *(str(j + 1) for j in range(columns)), "all seen"]
     if room < 5:

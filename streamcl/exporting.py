@@ -369,7 +369,7 @@ print(model.classes)
 
 def _score_tables(scores: Mapping[str, Any]) -> str:
     matrix, names = scores["matrix"], [task["name"].replace("|", "/") for task in scores["tasks"]]
-    scale = Scale([*(value for row in matrix for value in row), scores["final"], scores["average_incremental"]])
+    scale = Scale([*(value for row in matrix for value in row), scores["final"], scores["average_incremental"]], metric=scores["metric"])
     width = max((len(row) for row in matrix), default=0)
     figures = {
         "final (all classes, after the last task)": scale.score(scores["final"]),

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamcl.comparing import Run
 from streamcl.evaluation import forgetting_per_task
-from streamcl.wording import NOTHING, Scale, duration, shortened, size
+from streamcl.wording import LOWER, NOTHING, Scale, duration, shortened, size
 
 WIDTH = 920  # of a figure over the whole page
 HALF = 448
@@ -93,7 +93,7 @@ def render(directory: Path, others: Sequence[Path] = ()) -> str:
     if not scores.get("per_task"):
         body.append("<p>Nothing was scored yet.</p>")
     else:
-        scale = Scale([value for row in [*scores["matrix"], scores["per_task"]] for value in row])
+        scale = Scale([value for row in [*scores["matrix"], scores["per_task"]] for value in row], metric=scores["metric"])
         few = len(scores["per_task"]) <= 7  # the matrix and the curve stand side by side
         width = HALF if few else WIDTH
         body += [
@@ -154,7 +154,7 @@ def _head(run: Run) -> list[str]:
     if not run.finished:
         lines.append(f'<p class="state">This run is not finished ({escape(run.status)}): what follows is how far it got.</p>')
     if scores.get("per_task"):
-        scale = Scale(scores["per_task"])
+        scale = Scale(scores["per_task"], metric=scores["metric"])
         lead = [
             (f"Final {scores['metric']}", scale.score(scores["final"])),
             ("Average incremental", scale.score(scores["average_incremental"])),
@@ -184,10 +184,10 @@ def _figure(count: Iterator[int], drawing: str, caption: str) -> str:
 
 
 def _forgetting(count: Iterator[int], scores: dict[str, Any], scale: Scale) -> str:
-    drops = forgetting_per_task(scores["matrix"])
+    drops = forgetting_per_task(scores["matrix"], lower=str(scores["metric"]) in LOWER)
     if not any(value is not None for value in drops):
         return ""
-    drawing = _bars(drops, [str(j + 1) for j in range(len(drops))], Scale(drops), HALF, 220, "task", colour=1)
+    drawing = _bars(drops, [str(j + 1) for j in range(len(drops))], Scale(drops, percent=scale.percent), HALF, 220, "task", colour=1)
     unit = ", in points" if scale.percent else ""
     return _figure(
         count, drawing, f"<b>Forgetting per task{unit}:</b> the best score that a task had before the last one was learned, minus its last."
@@ -259,7 +259,7 @@ HEADINGS = ["final", "average incremental", "mean of tasks", "forgetting"]
 
 
 def _side_by_side(count: Iterator[int], everyone: Sequence[Run], names: Sequence[str]) -> str:
-    scale = Scale(value for run in everyone for value in run.scores["per_task"])
+    scale = Scale((value for run in everyone for value in run.scores["per_task"]), metric=everyone[0].scores["metric"])
     rows = []
     for run, name in zip(everyone, names, strict=True):
         seconds = (run.scores.get("seconds") or {}).get("total")
@@ -276,7 +276,7 @@ def _opinions(count: Iterator[int], scores: dict[str, Any], scale: Scale) -> str
         name = protocol.replace("_", "-")
         rows.append(_row_of(name or "the decision", under, scale))
         rows += [_row_of(f"{name}{', ' if name else ''}head: {head}", of, scale) for head, of in (under.get("heads") or {}).items()]
-    rows += [_row_of(name, of, Scale(of["per_task"])) for name, of in (scores.get("metrics") or {}).items()]
+    rows += [_row_of(name, of, Scale(of["per_task"], metric=name)) for name, of in (scores.get("metrics") or {}).items()]
     caption = f"<b>The same run by each protocol, head and metric</b>{', in %' if scale.percent else ''}."
     if several:
         caption += (
@@ -376,14 +376,14 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _heat_map(scores: dict[str, Any], scale: Scale, page: int) -> str:
-    """Darker is better. Numbers have tenths where there is room, none where there is little, and go where there is none."""
+    """Darker is more. Numbers have tenths where there is room, none where there is little, and go where there is none."""
     matrix, seen = scores["matrix"], scores["per_task"]
     columns = len(matrix[0]) if matrix else 0
     left, top = 58, 44
     width = min(62.0, (page - left - 12) / (columns + 1.4))
     height = min(36.0, max(width * 0.62, 17.0 if width >= 16 else 3.0))
     gap = 0.4 * width
-    shown = Scale([value for row in matrix for value in row], digits=1 if width >= 36 else 0)
+    shown = Scale([value for row in matrix for value in row], digits=1 if width >= 36 else 0, percent=scale.percent)
     font = min(12.5, width * (0.34 if shown.digits else 0.46))
     every = math.ceil((4 + 7 * len(str(columns))) / width)
     pieces = [
@@ -418,7 +418,7 @@ def _heat_map(scores: dict[str, Any], scale: Scale, page: int) -> str:
     for step in range(steps):
         pieces.append(_shade(left + step * length // steps, bottom + 14, length // steps, 7, (step / (steps - 1)) ** 2))
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        mark = Scale([scale.low, scale.high], digits=0).score(scale.low + share * (scale.high - scale.low))
+        mark = Scale([scale.low, scale.high], digits=0, percent=scale.percent).score(scale.low + share * (scale.high - scale.low))
         pieces.append(_text(left + share * length, bottom + 35, mark, anchor, "soft"))
     total = max(left + columns * width + gap + width + 12, left + length + 12)
     return _svg(total, bottom + 40, pieces, f"{scores['metric']} after each task on each task's test set")
@@ -431,7 +431,7 @@ def _shade(x: float, y: float, width: float, height: float, depth: float) -> str
 
 def _curves(everyone: Sequence[Run], names: Sequence[str], scale: Scale, width: int) -> str:
     series = [(name, list(run.scores["per_task"])) for run, name in zip(everyone, names, strict=True)]
-    shared = Scale([value for _, values in series for value in values], digits=0)
+    shared = Scale([value for _, values in series for value in values], digits=0, percent=scale.percent)
     return _lines(series, width, 300 if width == WIDTH else 250, shared.score, "tasks learned", ceiling=1.0 if scale.percent else None)
 
 
@@ -520,10 +520,8 @@ def _bars(
     height = int(above + tall + under)
     each = min(each, 86.0)
     inner = each * len(values)
-    whole = Scale(known, digits=0)
-    whole.percent = scale.percent
-    numbers = Scale(known, digits=1 if each >= 34 else 0)
-    numbers.percent = scale.percent
+    whole = Scale(known, digits=0, percent=scale.percent)
+    numbers = Scale(known, digits=1 if each >= 34 else 0, percent=scale.percent)
 
     def at(value: float) -> float:
         return above + tall * (1 - (value - ticks[0]) / ((ticks[-1] - ticks[0]) or 1.0))

@@ -130,7 +130,8 @@ def _given(text: str, learned: Learned) -> tuple[Columns, dict[str, int]]:
 def table(result: Mapping[str, Any]) -> str:
     """What `score` returned, as text."""
     views = _views(result, result["metric"])
-    scale = Scale([value for view in views.values() for value in (view["overall"], *view["tasks"], *view["per_class"].values())])
+    values = [value for view in views.values() for value in (view["overall"], *view["tasks"], *view["per_class"].values())]
+    scale = Scale(values, metric=result["metric"])
     what = result["data"] or "its own test sets"
     lines = [f"{result['run']} after {result['learned']} tasks, {result['samples']} samples of {what}", ""]
 

@@ -38,7 +38,7 @@ from streamcl.config import RunConfig
 from streamcl.errors import ConfigError, Interrupted, RunError, StreamclError
 from streamcl.listing import as_yaml, problems, raise_together
 from streamcl.plugins import near_name
-from streamcl.wording import Scale, duration, shortened
+from streamcl.wording import LOWER, Scale, duration, shortened
 
 if TYPE_CHECKING:
     from streamcl.run_folder import RunFolder
@@ -521,7 +521,7 @@ class _Board:
 
 def _reached(job: Job) -> str:
     scores = Run.read(Path(job.folder)).scores
-    return f"final {scores['metric']} {Scale(scores['per_task']).score(scores['final'])}"
+    return f"final {scores['metric']} {Scale(scores['per_task'], metric=scores['metric']).score(scores['final'])}"
 
 
 # The table ----------------------------------------------------------------------------------------------------------------------
@@ -547,7 +547,8 @@ class _Found:
 
     def _place(self, group: Group) -> float:
         estimate = Estimate.of(group.values(self.rank, "validation"))
-        return math.inf if estimate is None else estimate.mean if self.rank == "forgetting" else -estimate.mean
+        less = self.rank == "forgetting" or any(run.scores["metric"] in LOWER for run in group.runs)
+        return math.inf if estimate is None else estimate.mean if less else -estimate.mean
 
     def rows(self) -> tuple[list[list[str]], list[str]]:
         """The table's header and rows, and the lines below it."""

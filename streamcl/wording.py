@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 NOTHING = "–"
+VALUES = {"mae", "rmse", "correlation"}  # metrics that are no shares of one, though they may lie below it
+LOWER = {"mae", "rmse"}  # of which less is better
 
 
 class Scale:
-    """How the values of a metric are written: shares of one in per cent, anything else as it is, to three significant digits."""
+    """How the values of `metric` are written: shares of one in per cent, anything else as it is, to three significant digits."""
 
-    def __init__(self, values: Iterable[float | None], digits: int = 1) -> None:
+    def __init__(self, values: Iterable[float | None], digits: int = 1, metric: str | None = None, percent: bool | None = None) -> None:
         known = [value for value in values if value is not None]
-        self.percent = all(-1 <= value <= 1 for value in known)
+        self.percent = percent if percent is not None else metric not in VALUES and all(-1 <= value <= 1 for value in known)
         self.digits = digits
-        self.low, self.high = (0.0, 1.0) if self.percent else (min(known), max(known))
+        self.low, self.high = (0.0, 1.0) if self.percent or not known else (min(known), max(known))
 
     def number(self, value: float | None) -> str:
         """Without the unit."""

@@ -110,7 +110,7 @@ class Progress(Sink):
         if fields["part"] != "test":
             return
         row, task = fields["row"], fields["task"]
-        scale = Scale([*row, fields["per_task"]])
+        scale = Scale([*row, fields["per_task"]], metric=fields["metric"])
         new = row[task] if task < len(row) else None
         text = (
             f"{self._task(task)}: {fields['metric']} {scale.score(fields['per_task']):>7} on all seen, {scale.score(new):>7} on this task"
@@ -132,7 +132,7 @@ class Progress(Sink):
             return
         self.report = fields["report"]
         per_task = scores["per_task"]
-        scale = Scale(value for row in [*scores["matrix"], per_task] for value in row)
+        scale = Scale((value for row in [*scores["matrix"], per_task] for value in row), metric=scores["metric"])
         self._matrix(scores)
         summary = [
             f"final {scale.score(scores['final'])}",

@@ -1,0 +1,218 @@
+"""Missing modalities: in every task some samples lack some of their modalities, by a pattern of its own.
+
+`missing` lists the patterns, one per task. A pattern says which share of the samples lacks what: `{text: 0.35, image: 0.35}` leaves
+0.3 complete, `{image+audio: 0.2}` lacks both, `{audio: 1.0}` is the structured absence of a whole modality, `{}` is complete. With
+`draws: shares` (the default) these are exact counts, drawn without replacement and fixed by the seed, as Lee et al. (missing-aware
+prompts, CVPR 2023) fix them: their `both` at 70 % is `{text: 0.35, image: 0.35}`. The protocol of MPLMM (ACL 2024) for three modalities
+at 60 % is a share of 0.1 for each of the six incomplete patterns; it draws anew at every access, in testing too, so that its scores
+are random, and here the table is fixed. With `draws: independent` a pattern gives each modality's own rate and the samples lose them
+independently; one that would lose everything keeps one modality at random.
+
+`divide` says what a task's samples are: `samples` (each task its own part of the data, all classes in each: the continual protocol
+of CMMM, NAACL 2025), `classes` (each task brings classes), or `all` (each task sees everything again, under its own pattern and
+with ids of its own). `test` is the pattern of what is scored: that of the task (`own`), `complete`, or a pattern for all.
+`train_complete: true` trains on complete data and leaves modalities out only in testing.
+
+An absent value cannot be read by accident: it is NaN in numbers, 0 in integers and "" in text, and masked in `Batch.present`. In
+`task.missing` stands the pattern, and in `extra["missing"]` of every sample a bit mask of what it lacks, bit i for the i-th modality
+in alphabetical order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamcl.data import MapDataset, Masked, SinglePass, Subset, split_by_class
+from streamcl.errors import ConfigError
+from streamcl.options import Fraction
+from streamcl.plugins import near_name
+from streamcl.seeding import generator
+from streamcl.stream import Batch, Dataset, Modality, Scenario, Source, StreamInfo, Task
+
+from ._division import arranged, by_task, listing, need_target, need_test
+from ._targets import all_classes, stream_info
+
+KIND = "missing_modality"
+Pattern = dict[str, float]
+
+
+class MissingModality(Scenario):
+    """One pattern of missing modalities per task."""
+
+    def __init__(
+        self,
+        *,
+        data: Source,
+        missing: list[dict[str, Fraction]],
+        draws: Literal["shares", "independent"] = "shares",
+        divide: Literal["samples", "classes", "all"] = "samples",
+        test: Literal["own", "complete"] | dict[str, Fraction] = "own",
+        train_complete: bool = False,
+        order: Literal["seed", "given", "alphabetical"] | list[str | int] = "seed",
+        online: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not missing:
+            raise ConfigError(f"{KIND}: missing is empty: one pattern per task is needed; {{}} is a complete one")
+        if train_complete and test == "complete":
+            raise ConfigError(f"{KIND}: with train_complete and test: complete nothing would be missing anywhere")
+        self.data, self.missing, self.draws, self.divide, self.order = data, missing, draws, divide, order
+        self.test_pattern, self.train_complete, self.online = test, train_complete, online
+        for where, pattern in (
+            *((f"missing.{place}", p) for place, p in enumerate(missing)),
+            *([("test", test)] if isinstance(test, dict) else []),
+        ):
+            total = sum(pattern.values())
+            if draws == "shares" and total > 1 + 1e-9:
+                raise ConfigError(f"{KIND}: {where}: the shares add up to {total:g}, and 1 is all samples")
+            if draws == "independent" and any("+" in key for key in pattern):
+                raise ConfigError(
+                    f"{KIND}: {where}: with draws: independent a rate belongs to one modality, and {', '.join(pattern)} joins some"
+                )
+
+    def open(self, seed: int) -> StreamInfo:
+        loaded = self.data.load()
+        need_test(loaded, KIND)
+        assert loaded.test is not None
+        self.problems, self._loaded, self._seed = loaded.problems, loaded, seed
+        self._modalities = sorted(loaded.modalities)
+        patterns = [*self.missing, *([self.test_pattern] if isinstance(self.test_pattern, dict) else [])]
+        for pattern in patterns:
+            self._check(pattern, loaded.modalities)
+        tasks = len(self.missing)
+        if self.divide == "classes":
+            need_target(loaded, ("class",), KIND, "one class per sample (divide: classes)")
+            if tasks > len(loaded.class_names):
+                raise ConfigError(f"{KIND}: {tasks} patterns and only {len(loaded.class_names)} classes: at most one task for each class")
+            arrival = arranged(loaded.class_names, self.order, seed, KIND)
+            groups = np.array_split(np.array(arrival), tasks)
+            own = torch.empty(len(arrival), dtype=torch.int64)
+            for index, group in enumerate(groups):
+                own[torch.from_numpy(group)] = index
+            self._relabel: Tensor | None = torch.empty(len(arrival), dtype=torch.int64)
+            self._relabel[arrival] = torch.arange(len(arrival))
+            self._names = {place: loaded.class_names[number] for place, number in enumerate(arrival)}
+            self._bounds = np.cumsum([0] + [len(group) for group in groups]).tolist()
+            self._train_of = by_task(own[loaded.train.targets], tasks)
+            self._test_of = by_task(own[loaded.test.targets], tasks)
+        else:
+            self._relabel, self._names = None, all_classes(loaded)
+            self._bounds = [0] + [len(self._names)] * tasks
+            everything = torch.arange(len(loaded.test))
+            self._test_of = (everything,) * tasks
+            if self.divide == "all":
+                self._train_of = (torch.arange(len(loaded.train)),) * tasks
+            else:
+                shuffled = torch.randperm(len(loaded.train), generator=generator(seed, "divide"))
+                self._train_of = tuple(part.sort().values for part in shuffled.tensor_split(tasks))
+        self._stride = int(max(dataset.ids.max() for dataset in (loaded.train, loaded.test))) + 1
+        self._hold_back(seed)
+        self.info = stream_info(loaded, tasks=tasks, passes=1 if self.online else None)
+        if self.divide == "classes":
+            self.info = StreamInfo(**{**vars(self.info), "class_names": tuple(self._names.values())})
+        return self.info
+
+    def __len__(self) -> int:
+        return len(self.missing)
+
+    def task(self, index: int) -> Task:
+        known, reached = self._bounds[index : index + 2]
+        pattern: Pattern = {} if self.train_complete else self.missing[index]
+        train: Dataset = self._view(self._loaded.train, self._train_of[index], index, pattern, "train")
+        validation = None
+        if self.validation:
+            validation = self._view(self._loaded.train, self._validation_of[index], index, self.missing[index], "validation")
+        what = " and ".join(f"{share:.0%} without {name.replace('+', ' and ')}" for name, share in self.missing[index].items() if share)
+        new = f", {listing([self._names[c] for c in range(known, reached)])}" if self.divide == "classes" else ""
+        return Task(
+            index=index,
+            name=(what or "complete") + new,
+            train=SinglePass(train) if self.online else train,
+            classes=tuple(range(known, reached)),
+            seen=tuple(range(reached)),
+            labels=tuple(range(known, reached)) if self.divide == "classes" else tuple(range(reached)),
+            validation=validation,
+            names={c: name for c, name in self._names.items() if c < reached},
+            about={"missing": dict(self.missing[index]), "modalities": list(self._modalities)},
+        )
+
+    def test(self, task: Task, after: Task) -> Dataset | None:
+        assert self._loaded.test is not None
+        rows = self._test_of[task.index]
+        pattern: Pattern = self.missing[task.index] if self.test_pattern == "own" else {}
+        if isinstance(self.test_pattern, dict):
+            pattern = self.test_pattern
+        return self._view(self._loaded.test, rows, task.index, pattern, "test") if len(rows) else None
+
+    def files(self) -> list[str]:
+        return self.data.files()
+
+    def _check(self, pattern: Pattern, modalities: Mapping[str, Modality]) -> None:
+        for key in pattern:
+            names = key.split("+")
+            unknown = [name for name in names if name not in modalities]
+            if unknown:
+                hint = near_name(unknown[0], modalities) or f": it has {', '.join(modalities)}"
+                raise ConfigError(f"{KIND}: {unknown[0]!r} is no modality of this source{hint}")
+            if set(names) == set(modalities):
+                raise ConfigError(f"{KIND}: {key} is all that this source has: a sample must keep a modality")
+
+    def _hold_back(self, seed: int) -> None:
+        self._validation_of: tuple[Tensor, ...] = ()
+        if not self.validation:
+            return
+        targets, kept, held = self._loaded.train.targets, [], []
+        for index, rows in enumerate(self._train_of):
+            group = targets[rows] if self._loaded.target in ("class", "text") else torch.zeros(len(rows), dtype=torch.int64)
+            mine, theirs = split_by_class(group, self.validation, generator(seed, "validation", index))
+            kept.append(rows[mine])
+            held.append(rows[theirs])
+        self._train_of, self._validation_of = tuple(kept), tuple(held)
+
+    def _view(self, dataset: Dataset, rows: Tensor, index: int, pattern: Pattern, part: str) -> MapDataset:
+        view: MapDataset = Subset(dataset, rows, self._relabel)
+        lost = self._table(len(rows), pattern, generator(self._seed, "missing", part, index))  # (samples, modalities)
+        first = index * self._stride if self.divide == "all" and part != "test" else 0
+        return _Incomplete(Masked(view, {name: ~lost[:, place] for place, name in enumerate(self._modalities)}), lost, first)
+
+    def _table(self, count: int, pattern: Pattern, draw: torch.Generator) -> Tensor:
+        """Which sample lacks which modality."""
+        lost = torch.zeros(count, len(self._modalities), dtype=torch.bool)
+        place = {name: position for position, name in enumerate(self._modalities)}
+        if self.draws == "independent":
+            rates = torch.tensor([pattern.get(name, 0.0) for name in self._modalities])
+            lost = torch.rand(lost.shape, generator=draw) < rates
+            kept = torch.rand(lost.shape, generator=draw).argmax(dim=1)
+            empty = lost.all(dim=1).nonzero().squeeze(1)
+            lost[empty, kept[empty]] = False
+            return lost
+        shuffled = torch.randperm(count, generator=draw)
+        ends = [0, *(np.cumsum(list(pattern.values())) * count + 0.5).astype(int).tolist()]
+        for key, first, last in zip(pattern, ends, ends[1:], strict=False):
+            for name in key.split("+"):
+                lost[shuffled[first:last], place[name]] = True
+        return lost
+
+
+class _Incomplete(MapDataset):
+    """Samples with a bit mask of what they lack; ids begin at `first`."""
+
+    def __init__(self, dataset: Masked, lost: Tensor, first: int) -> None:
+        self.dataset, self.first, self.targets, self.ids = dataset, first, dataset.targets, dataset.ids + first
+        self.workers = dataset.workers
+        self.code = (lost * 2 ** torch.arange(lost.shape[1])).sum(dim=1)
+
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
+        return batch.replace(ids=batch.ids + self.first, extra={**batch.extra, "missing": self.code.index_select(0, indices)})
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self._finish(self.dataset[indices], indices)
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        return map(self._finish, self.dataset.read(order, size), order.split(size) if len(order) else ())

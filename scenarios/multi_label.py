@@ -1,0 +1,145 @@
+"""Multi-label class-incremental learning: a sample may carry several classes, and each task annotates only its own.
+
+The protocol of the field (KRT, ICCV 2023, and its successors). The classes are divided into tasks, by default in the order of their
+names, as MS-COCO and VOC are published; `base: 40, increment: 10` is B40-C10, `increment: 10` is B0-C10. A training sample joins
+every task for which it carries at least one class, and there only the task's own classes are annotated: every other column, of
+earlier classes as of those that have not come, is -1, which means unknown and not absent. (`occurrences: once` puts each sample into
+the first of its tasks only; this is another protocol with other numbers.) After a task the test samples are those with at least
+one class seen so far, with the complete truth over the classes seen.
+
+Annotations may be made worse, from the seed: `partial: 0.5` hides this share of them at random; `single_positive` keeps one positive
+label per sample and task and hides everything else; `wrong: 0.1` turns this share of the labels round. They touch the training
+data only; validation and test stay true.
+
+Scored by `map` (mean average precision), `cf1`, `macro_f1` and `of1`. A label counts as given from a probability of `threshold`: 0.5
+suits scores that were trained by binary cross-entropy, and the published tables use 0.8 on scores of the asymmetric loss. What those
+tables call CF1 is `macro_f1`, the mean of the classes' F1; `cf1` is the F1 of mean precision and mean recall, as most
+other multi-label work has it. In the matrix a column is the classes that a task brought, on everything that is scored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from streamcl.data import SinglePass, Subset
+from streamcl.errors import ConfigError
+from streamcl.options import Fraction
+from streamcl.seeding import generator
+from streamcl.stream import Dataset, StreamInfo, Task
+
+from ._division import DividedByClass, listing, need_target, need_test, need_training_samples
+
+
+class MultiLabel(DividedByClass):
+    """Samples with any number of classes, of which each task annotates its own."""
+
+    kind = "multi_label"
+    usual_order = "alphabetical"
+
+    def __init__(
+        self,
+        *,
+        order: Literal["seed", "given", "alphabetical"] | list[str | int] = "alphabetical",
+        occurrences: Literal["every", "once"] = "every",
+        partial: Fraction = 0.0,
+        single_positive: bool = False,
+        wrong: Fraction = 0.0,
+        threshold: Fraction = 0.5,
+        online: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(order=order, **options)
+        if single_positive and partial:
+            raise ConfigError("multi_label: single_positive already hides all labels but one: leave out partial")
+        if partial == 1:
+            raise ConfigError("multi_label: partial is 1, which hides every label: below 1 is needed")
+        self.occurrences, self.partial, self.single_positive, self.wrong = occurrences, partial, single_positive, wrong
+        self.threshold, self.online = threshold, online
+
+    def open(self, seed: int) -> StreamInfo:
+        loaded = self.data.load()
+        need_target(loaded, ("labels",), self.kind, "a set of labels per sample")
+        need_test(loaded, self.kind)
+        assert loaded.test is not None
+        self.divide(loaded, seed)
+        self._train, self._test, self._seed = loaded.train, loaded.test, seed
+        need_training_samples((loaded.train.targets == 1).sum(0)[self._arrival], self._names, self.kind)
+        train = torch.arange(len(loaded.train))
+        if self.validation:
+            held = torch.randperm(len(train), generator=generator(seed, "validation")) < round(self.validation * len(train))
+            self._validation_samples, train = train[held], train[~held]
+        self._training_samples = train
+        self.info = StreamInfo(
+            modalities=loaded.modalities,
+            target="labels",
+            metrics=("map", "cf1", "macro_f1", "of1"),
+            classes=len(self._names),
+            tasks=len(self),
+            passes=1 if self.online else None,
+            licence=loaded.licence,
+            class_names=tuple(self._names),
+            threshold=self.threshold,
+        )
+        return self.info
+
+    def task(self, index: int) -> Task:
+        classes = self.new_classes(index)
+        rows, targets = self._annotated(self._train, self._training_samples, index)
+        train: Dataset = Subset(self._train, rows, targets=self._worsened(targets, index))
+        validation = None
+        if self.validation:
+            rows, targets = self._annotated(self._train, self._validation_samples, index)
+            validation = Subset(self._train, rows, targets=targets)
+        return Task(
+            index=index,
+            name=f"classes {listing([self._names[c] for c in classes])}",
+            train=SinglePass(train) if self.online else train,
+            classes=classes,
+            seen=tuple(range(classes[-1] + 1)),
+            labels=classes,
+            validation=validation,
+            names=self.names_until(index),
+        )
+
+    def test(self, task: Task, after: Task) -> Dataset | None:
+        """The samples whose earliest class among those seen came with `task`, so that the tasks' test sets share none."""
+        truth = self._test.targets.index_select(1, self._arrival[: len(after.seen)])
+        rows = (self._earliest_task(truth) == task.index).nonzero().squeeze(1)
+        return Subset(self._test, rows, targets=truth[rows]) if len(rows) else None
+
+    def _annotated(self, dataset: Dataset, samples: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """The samples with a class of this task, and their labels: a column for each class seen, those of earlier tasks at -1."""
+        known, reached = self._bounds[index : index + 2]
+        if self.occurrences == "once":
+            mine = self._earliest_task(dataset.targets[samples][:, self._arrival]) == index
+        else:
+            mine = (dataset.targets[samples][:, self._arrival[known:reached]] == 1).any(dim=1)
+        rows = samples[mine]
+        targets = torch.full((len(rows), reached), -1, dtype=torch.int8)
+        targets[:, known:] = dataset.targets[rows][:, self._arrival[known:reached]].to(torch.int8)
+        return rows, targets
+
+    def _earliest_task(self, truth: Tensor) -> Tensor:
+        """The first task that brought a class which each sample carries; the number of tasks where it carries none."""
+        tasks = self._own_task[: truth.shape[1]]
+        return torch.where(truth == 1, tasks, len(self)).amin(dim=1) if truth.shape[1] else torch.full((len(truth),), len(self))
+
+    def _worsened(self, targets: Tensor, index: int) -> Tensor:
+        if not (self.partial or self.single_positive or self.wrong):
+            return targets
+        draw = generator(self._seed, "annotation", index)
+        known = self._bounds[index]
+        own = targets[:, known:].clone()
+        if self.wrong:
+            flipped = (torch.rand(own.shape, generator=draw) < self.wrong) & (own >= 0)
+            own = torch.where(flipped, 1 - own, own)
+        if self.partial:
+            own[torch.rand(own.shape, generator=draw) < self.partial] = -1
+        if self.single_positive:
+            chosen = torch.where(own == 1, torch.rand(own.shape, generator=draw), -1.0).argmax(dim=1, keepdim=True)
+            kept = torch.zeros_like(own, dtype=torch.bool).scatter_(1, chosen, True) & (own == 1)
+            own = torch.where(kept, own, own.new_full((), -1))
+        return torch.cat([targets[:, :known], own], dim=1)
