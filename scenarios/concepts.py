@@ -28,9 +28,6 @@ from streamcl.stream import Batch, Dataset, Scenario, Source, StreamInfo, Task
 from ._division import arranged, by_task, listing, need_target, numbered, refuse_repeats
 
 KIND = "concepts"
-TEMPLATES = ("a photo of {}", "a picture of {}", "a close-up photo of {}", "a cropped photo of {}", "a bright photo of {}")
-PROMPTS = ("a photo of {}", "a drawing of {}", "{} on a black background", "two of {} side by side")
-JOINT = ("a photo of {0} next to {1}",)
 
 
 class Concepts(Scenario):
@@ -45,9 +42,15 @@ class Concepts(Scenario):
         together: PositiveInt = 1,
         placeholder: str = "<new{}>",
         word: str | dict[str, str] | None = None,
-        templates: tuple[str, ...] = TEMPLATES,
-        prompts: tuple[str, ...] = PROMPTS,
-        joint_prompts: tuple[str, ...] = JOINT,
+        templates: tuple[str, ...] = (
+            "a photo of {}",
+            "a picture of {}",
+            "a close-up photo of {}",
+            "a cropped photo of {}",
+            "a bright photo of {}",
+        ),
+        prompts: tuple[str, ...] = ("a photo of {}", "a drawing of {}", "{} on a black background", "two of {} side by side"),
+        joint_prompts: tuple[str, ...] = ("a photo of {0} next to {1}",),
         modality: str = "image",
         order: Literal["seed", "given", "alphabetical"] = "given",
         **options: Any,

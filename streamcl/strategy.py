@@ -190,6 +190,11 @@ class GradientStrategy(Strategy):
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
+        if info.test_time:
+            raise ConfigError(
+                f"{type(self).__name__} learns from labels, and this stream serves samples without any: a strategy that adapts to what it "
+                "serves is needed"
+            )
         longest = max(self.epochs, self.stages.first.epochs or 0, self.stages.later.epochs or 0)
         if info.passes is not None and longest > info.passes:
             raise ConfigError(
