@@ -58,6 +58,8 @@ class DomainIncremental(Scenario):
             raise ConfigError(f"{KIND}: tasks, angles, share and modality belong to shift; with by the domains are the groups of {by!r}")
         if shift == "permute" and (tasks is None or angles):
             raise ConfigError(f"{KIND}: shift: permute needs tasks, the number of domains, and takes no angles")
+        if angles == []:
+            raise ConfigError(f"{KIND}: angles is empty: one angle for each domain is needed")
         if shift == "rotate" and (tasks is None) == (angles is None):
             raise ConfigError(f"{KIND}: shift: rotate needs either tasks (equal steps below 180 degrees) or angles")
         if shift is not None and order != "given":
@@ -120,6 +122,9 @@ class DomainIncremental(Scenario):
         used = [index for index, rows in enumerate(train) if len(rows)]
         self._domains = [grouping.names[order[index]] for index in used]
         self._train_of, self._test_of = tuple(train[index] for index in used), tuple(test[index] for index in used)
+        unused = sum(map(len, test)) - sum(map(len, self._test_of))
+        if unused:
+            self.problems = {**loaded.problems, f"test samples in a group of {by!r} without training samples": unused}
         if not any(map(len, self._test_of)):
             raise DataError(f"{KIND}: no test sample lies in a group of {by!r} that has training samples")
 
@@ -146,15 +151,19 @@ class DomainIncremental(Scenario):
                 dealt = torch.randperm(len(dataset), generator=generator(seed, "domains", purpose)) % count
                 parts.append(by_task(dealt, count))
         self._train_of, self._test_of = parts
+        if not all(map(len, self._train_of)):
+            raise ConfigError(
+                f"{KIND}: {count} domains are asked for and there are {len(loaded.train)} training samples to divide: take fewer"
+            )
 
     def _hold_back(self, seed: int) -> None:
         self._validation_of: tuple[Tensor, ...] = ()
         if not self.validation:
             return
         targets, kept, held = self._loaded.train.targets, [], []
-        for index, rows in enumerate(self._train_of):
+        for rows in self._train_of:
             group = targets[rows] if self._loaded.target in ("class", "text") else torch.zeros(len(rows), dtype=torch.int64)
-            mine, theirs = split_by_class(group, self.validation, generator(seed, "validation", index))
+            mine, theirs = split_by_class(group, self.validation, generator(seed, "validation"))  # the same where all tasks see all
             kept.append(rows[mine])
             held.append(rows[theirs])
         self._train_of, self._validation_of = tuple(kept), tuple(held)
@@ -165,7 +174,7 @@ class DomainIncremental(Scenario):
             modality = self._loaded.modalities[self._shifted]
             first = index * self._stride if self.share == "whole" else 0
             angle = self.angles[index] if self.shift == "rotate" else None
-            view = Shifted(view, self._shifted, first, angle, self._permutation(index, modality))
+            view = _Shifted(view, self._shifted, first, angle, self._permutation(index, modality))
         return Told(view, index) if self.task_ids else view
 
     def _permutation(self, index: int, modality: Modality) -> Tensor | None:
@@ -174,12 +183,13 @@ class DomainIncremental(Scenario):
         return torch.randperm(math.prod(modality.shape[-2:]), generator=generator(self._seed, "permutation", index))
 
 
-class Shifted(MapDataset):
+class _Shifted(MapDataset):
     """Samples whose images are turned, or whose pixels stand in another order; ids begin at `first`."""
 
     def __init__(self, dataset: MapDataset, name: str, first: int, angle: float | None, permutation: Tensor | None) -> None:
         self.dataset, self.name, self.first, self.angle, self.permutation = dataset, name, first, angle, permutation
-        self.targets, self.ids, self.workers = dataset.targets, dataset.ids + first, dataset.workers
+        self.targets, self.ids = dataset.targets, dataset.ids + first
+        self.workers, self.in_memory = dataset.workers, dataset.in_memory
 
     def _finish(self, batch: Batch) -> Batch:
         values = batch.inputs[self.name]
@@ -195,6 +205,8 @@ class Shifted(MapDataset):
         return self._finish(self.dataset[indices])
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if self.in_memory:
+            return self._together(order, size)
         return map(self._finish, self.dataset.read(order, size))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from streamcl.errors import StreamclError
+from streamcl.errors import ConfigError, StreamclError
 
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +43,8 @@ def resume(run: Run) -> None:
     from streamcl import running
 
     status = running.resume(run)
-    typer.echo(f"{run} is done: final {status['metric']} {status['final']:.4f}")
+    final = status["final"]
+    typer.echo(f"{run} is done: " + ("nothing was scored" if final is None else f"final {status['metric']} {final:.4f}"))
 
 
 @app.command()
@@ -152,10 +153,21 @@ def list_(kind: Annotated[str | None, typer.Argument(metavar="KIND", help="scena
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME | RUN | CONFIG", help="A plug-in, a run's folder, or a configuration.")],
     kind: Annotated[str | None, typer.Option("--kind", help="Which one, where several kinds have the name.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw some samples of each task of a CONFIG into this PNG, SVG or PDF.")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option("--tasks", min=1, help="How many tasks --picture draws at most; default 12.")] = None,
 ) -> None:
-    """What a plug-in is, its options and its paper; a run; a configuration with every default filled in."""
+    """What a plug-in is, its options and its paper; a run; a configuration with every default filled in, or its stream as a picture."""
+    if picture is not None and kind is None:
+        from streamcl import picturing
+
+        typer.echo(picturing.picture(name, picture, tasks))
+        return
     from streamcl import listing
 
+    if picture is not None or tasks is not None:
+        raise ConfigError("--picture draws the stream of a configuration: " + ("leave out --kind" if picture else "--tasks belongs to it"))
     typer.echo(listing.show(name, kind))
 
 

@@ -21,6 +21,7 @@ class MapDataset:
     targets: Tensor
     ids: Tensor
     workers: int = 0  # processes that read ahead
+    in_memory: bool = False  # a look-up costs no decoding: small batches are looked up together
     among: tuple[int, ...] | None = None  # of a test set: the classes that its samples are decided among, where not all that were seen
 
     def __len__(self) -> int:
@@ -30,6 +31,9 @@ class MapDataset:
         raise NotImplementedError
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if self.in_memory:
+            yield from self._together(order, size)
+            return
         plan = order.split(size) if len(order) else ()
         if self.workers == 0 or len(plan) < 2:
             yield from map(self.__getitem__, plan)
@@ -47,6 +51,28 @@ class MapDataset:
                 raise answer
             yield answer
 
+    def _together(self, order: Tensor, size: int) -> Iterator[Batch]:
+        """Many small batches are looked up at once and handed out as views."""
+        for part in order.split(size * max(1, CHUNK // size)) if len(order) else ():
+            found = self[part]
+            if len(part) <= size:
+                yield found
+                continue
+            inputs, present, extra = (
+                {name: _pieces(column, size) for name, column in columns.items()}
+                for columns in (found.inputs, found.present or {}, found.extra)
+            )
+            targets, tasks = (None if column is None else column.split(size) for column in (found.target, found.task))
+            for step, ids in enumerate(found.ids.split(size)):
+                yield Batch(
+                    {name: pieces[step] for name, pieces in inputs.items()},
+                    None if targets is None else targets[step],
+                    ids,
+                    {name: pieces[step] for name, pieces in present.items()} if present else None,  # type: ignore[misc]
+                    None if tasks is None else tasks[step],
+                    {name: pieces[step] for name, pieces in extra.items()} if extra else {},
+                )
+
     def batches(self, size: int, shuffle: bool = False, generator: torch.Generator | None = None) -> Iterator[Batch]:
         order = torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self))
         return self.read(order, size)
@@ -57,6 +83,8 @@ class ArrayDataset(MapDataset):
 
     Images stay uint8 until they reach the device. `targets` are the numbers of the classes, or the rows of a label matrix.
     """
+
+    in_memory = True
 
     def __init__(
         self,
@@ -146,7 +174,7 @@ class Subset(MapDataset):
             self.own = False
         self.targets, self.dataset, self.indices = targets, dataset, indices
         self.ids = dataset.ids.index_select(0, indices)
-        self.workers = getattr(dataset, "workers", 0)
+        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
 
     def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         if not self.own:
@@ -157,29 +185,10 @@ class Subset(MapDataset):
         return self._finish(self.dataset[self.indices.index_select(0, indices)], indices)
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if isinstance(self.dataset, ArrayDataset):
-            return self._read_in_memory(self.dataset, order, size)
+        if self.in_memory:
+            return self._together(order, size)
         parts = order.split(size) if len(order) else ()
         return map(self._finish, self.dataset.read(self.indices.index_select(0, order), size), parts)
-
-    def _read_in_memory(self, data: ArrayDataset, order: Tensor, size: int) -> Iterator[Batch]:
-        """Many small batches are looked up at once and handed out as views."""
-        for part in order.split(size * max(1, CHUNK // size)) if len(order) else ():
-            rows = self.indices.index_select(0, part)
-            inputs, present, extra = (
-                {name: _pieces(take(c, rows), size) for name, c in columns.items()}
-                for columns in (data.inputs, data.present or {}, data.extra)
-            )
-            labels = zip(self.targets.index_select(0, part).split(size), self.ids.index_select(0, part).split(size), strict=True)
-            for step, (targets, ids) in enumerate(labels):
-                yield Batch(
-                    {name: pieces[step] for name, pieces in inputs.items()},
-                    targets,
-                    ids,
-                    {name: pieces[step] for name, pieces in present.items()} if present else None,  # type: ignore[misc]
-                    None,
-                    {name: pieces[step] for name, pieces in extra.items()} if extra else {},
-                )
 
 
 def relabelled(targets: Tensor, relabel: Tensor) -> Tensor:
@@ -205,6 +214,7 @@ class Joined(MapDataset):
         self.ids = torch.cat([d.ids for d in datasets])
         self.starts = torch.tensor([0] + [len(d) for d in self.datasets]).cumsum(0)
         self.workers = max((getattr(d, "workers", 0) for d in self.datasets), default=0)
+        self.in_memory = all(getattr(d, "in_memory", False) for d in self.datasets)
 
     def __getitem__(self, indices: Tensor) -> Batch:
         owner = torch.bucketize(indices, self.starts[1:], right=True)
@@ -226,7 +236,7 @@ class Masked(MapDataset):
 
     def __init__(self, dataset: Dataset, present: dict[str, Tensor]) -> None:
         self.dataset, self.present, self.targets, self.ids = dataset, present, dataset.targets, dataset.ids
-        self.workers = getattr(dataset, "workers", 0)
+        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
 
     def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         masks = dict(batch.present or {})
@@ -239,6 +249,8 @@ class Masked(MapDataset):
         return self._finish(self.dataset[indices], indices)
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if self.in_memory:
+            return self._together(order, size)
         return map(self._finish, self.dataset.read(order, size), order.split(size) if len(order) else ())
 
 
@@ -257,7 +269,7 @@ class Told(MapDataset):
 
     def __init__(self, dataset: Dataset, task: int) -> None:
         self.dataset, self.task, self.targets, self.ids = dataset, task, dataset.targets, dataset.ids
-        self.workers = getattr(dataset, "workers", 0)
+        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
 
     def _finish(self, batch: Batch) -> Batch:
         return batch.replace(task=torch.full_like(batch.ids, self.task))
@@ -266,6 +278,8 @@ class Told(MapDataset):
         return self._finish(self.dataset[indices])
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if self.in_memory:
+            return self._together(order, size)
         return map(self._finish, self.dataset.read(order, size))
 
 
@@ -274,12 +288,14 @@ class Unlabelled(MapDataset):
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset, self.ids = dataset, dataset.ids
-        self.workers = getattr(dataset, "workers", 0)
+        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return self.dataset[indices].replace(target=None)
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if self.in_memory:
+            return self._together(order, size)
         return (batch.replace(target=None) for batch in self.dataset.read(order, size))
 
 
@@ -291,12 +307,12 @@ class SinglePass(MapDataset):
         self.read_already = torch.zeros(len(dataset), dtype=torch.bool)
 
     def _mark(self, indices: Tensor) -> None:
-        if bool(self.read_already[indices].any()):
+        if bool(self.read_already.index_select(0, indices).any()):
             raise DataError(
                 "this stream is single-pass (scenario.online: true) and a sample was read twice: "
                 "use a strategy that reads each one once, with epochs: 1"
             )
-        self.read_already[indices] = True
+        self.read_already.index_fill_(0, indices, True)
 
     def __getitem__(self, indices: Tensor) -> Batch:
         self._mark(indices)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -57,10 +58,12 @@ class Engine:
         evaluate: EvaluateConfig | None = None,
         log: Sequence[Sink] = (),
         weights: Mapping[str, Tensor] | None = None,
+        trained: Callable[[], tuple[Mapping[str, Tensor], Sequence[str]] | None] | None = None,
         folder: RunFolder | None = None,
         name: str = "run",
     ) -> None:
         self.scenario, self.strategy, self.seed, self.folder, self.name = scenario, strategy, seed, folder, name
+        self.announced = False
         self.settings, self.evaluate = engine or EngineConfig(), evaluate or EvaluateConfig()
         self.processes = Processes.join(self.settings, strategy)
         self.device = self.processes.device(self.settings.device)
@@ -72,7 +75,8 @@ class Engine:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         seed_everything(seed)
         scenario.workdir = folder.path / "stream" if folder else None
-        scenario.interrupted = lambda: self.__dict__.get("context") is not None and self.context.interrupted
+        scenario.interrupted = lambda: "context" in self.__dict__ and self.context.interrupted
+        scenario.tell = self._told_by_stream
         self.info = scenario.open(seed)
         model.build(self.info)
         if weights is not None:  # the backbone's first weights, where it does not start from its own
@@ -86,6 +90,9 @@ class Engine:
                 "this backbone has batch normalisation, whose statistics several processes can share on CUDA only: start one process, "
                 "or take a backbone without it"
             )
+        if self.info.test_time:
+            self._check_test_time()
+            self._take_head(trained() if trained is not None else None)
         self.model.remember()
         if self.settings.compile:
             self.model.backbone.compile()
@@ -148,6 +155,40 @@ class Engine:
             _check_exemplars(self.memory, _plugin_name(strategy), self.info.classes)
         strategy.start(self.info, self.context)
 
+    def _check_test_time(self) -> None:
+        if type(self.strategy).adapt is Strategy.adapt:
+            raise ConfigError(
+                f"this stream serves samples without labels, and {_plugin_name(self.strategy)} learns from labels: a test-time strategy is "
+                "needed, which adapts to what it serves"
+            )
+        if self.evaluate.future or self.evaluate.every != "task":
+            raise ConfigError("a test-time stream is scored by what it was answered: leave out evaluate.future and evaluate.every")
+        if self.processes.world > 1:
+            raise ConfigError(f"a test-time stream is served in one order: start one process, not {self.processes.world}")
+
+    def _told_by_stream(self, message: str) -> None:
+        if self.announced:
+            self.events.emit("note", message=message)
+        else:  # nobody listens yet, and a person waits
+            print(message, file=sys.stderr, flush=True)
+
+    def _take_head(self, trained: tuple[Mapping[str, Tensor], Sequence[str]] | None) -> None:
+        """The classifier of the model that is deployed, whose classes must be those of the stream."""
+        if trained is None:
+            raise ConfigError(
+                "a test-time stream is served by a model that was trained before, and this one is new: give model.pretrain (how to train "
+                "it) or model.run (the run that did)"
+            )
+        tensors, classes = trained
+        served = list(self.info.class_names)
+        if list(classes) != served:
+            raise ConfigError(
+                f"the model was trained on {', '.join(classes)} in this order, and the stream has {', '.join(served)}: give both the same "
+                "order of classes (scenario.order, and the same seed)"
+            )
+        self.model.head.resize(len(classes))
+        self.model.head.load_state_dict(tensors)
+
     # -- the loop ---------------------------------------------------------------------------------------------------------------
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -190,7 +231,12 @@ class Engine:
 
     def _next_task(self) -> Task | None:
         self.before = self.scenario.state()
-        task = next(iter(self.scenario), None)
+        try:
+            task = next(iter(self.scenario), None)
+        except Interrupted:  # a live stream was waiting for what comes next
+            self.before = self.scenario.state()
+            self._save()
+            raise Interrupted(self._stop_message("interrupted")) from None
         if task is None:
             return None
         task = self._without_forgotten(task)
@@ -223,7 +269,8 @@ class Engine:
         self.last_progress = None  # what comes before a task's first batch, and warms up with it, is not the pace of training
         self._account(None)
         self.memory.begin(task.index)
-        self.strategy.learn(task)
+        if not self.info.test_time:
+            self.strategy.learn(task)
         self.memory.end()
         self.model.eval()
         self._account("learn")
@@ -245,7 +292,8 @@ class Engine:
             columns = self._columns(task, part)
             if columns or part == "test":
                 self._figures = {}
-                fields = self.evaluation.score(task, columns, self._predict, part=part, between=self._between)
+                predict, size = (self._adapt, task.about.get("batch")) if self.info.test_time else (self._predict, None)
+                fields = self.evaluation.score(task, columns, predict, part=part, between=self._between, batch=size)
                 figures = self.processes.means(self._figures) if part == "test" and self._measures else {}
                 if figures:
                     self.evaluation.figures(task, figures)
@@ -277,6 +325,8 @@ class Engine:
 
     def _columns(self, after: Task, part: str) -> list[tuple[Task, Dataset]]:
         tasks = self._every_task() if part == "test" and self.evaluate.future else self.tasks
+        if self.info.test_time:  # what was answered as it was served is all that there is to score
+            tasks = [after]
         pairs = ((task, self.scenario.test(task, after) if part == "test" else task.validation) for task in tasks)
         return [(task, data) for task, data in pairs if data is not None and len(data)]
 
@@ -317,6 +367,13 @@ class Engine:
                     total[0] += float(value) * len(batch)
                     total[1] += len(batch)
         return prediction
+
+    def _adapt(self, batch: Batch) -> Prediction:
+        """What is served of a test-time stream: the samples alone, and what the strategy makes of them."""
+        prepared = self.context.prepare(batch.replace(target=None, extra={}), train=False)
+        self.context.samples += len(batch)
+        with self.context.autocast():
+            return self.strategy.adapt(prepared)
 
     # -- between two batches ----------------------------------------------------------------------------------------------------
 
@@ -503,6 +560,7 @@ class Engine:
             strategy=_plugin_name(self.strategy),
             scenario=_plugin_name(getattr(self.scenario, "first", self.scenario)),  # of a run that was fed, what it began with
         )
+        self.announced = True
         told = [f"{shown(Path(name))} {CHANGED}: what comes is learned by another method than what was" for name in self.changed]
         for message in [*self.notes, *(told if resumed else ())]:
             self.events.warn(message)

@@ -48,7 +48,8 @@ DEFINITIONS = {
     "(n[k+1] - n[k]) (a[k] + a[k+1]) / 2, over n[last] - n[first]. i-Blurry takes the plain mean of a[k].",
     "per_class": "matrix[i][c]: the share of the samples of class c that were right after task i, over the union of the test sets of tasks "
     "0..i; null where there was no sample. The classes' own names stand under `classes`, by the number of their arrival.",
-    "per_domain": "The metric on the union of the test sets of each domain among tasks 0..T-1, after the last task.",
+    "per_domain": "The metric on the union of the test sets of each domain among tasks 0..T-1, when it was last scored: after the last "
+    "task, or as it was served where the stream is a test-time one.",
     "metrics": "The same keys for each further metric of the stream; a figure that the strategy measures itself has per_task, its mean and "
     "its last value.",
     "protocols": "The same keys under each protocol. class_incremental: the decision is among all classes seen so far. task_incremental: "
@@ -165,15 +166,17 @@ class Evaluation:
         predict: Callable[[Batch], Prediction],
         part: Part = "test",
         between: Callable[[], None] | None = None,
+        batch: int | None = None,
     ) -> dict[str, Any]:
         """Fill row `after.index`: every column by itself, and the union of those up to `after`. Returns the `scored` event's fields.
 
-        `predict` takes raw batches on the host. `between` is called after each of them; what it raises leaves no half row behind.
+        `predict` takes raw batches on the host, `batch` samples at a time where that is part of the stream. `between` is called after
+        each of them; what it raises leaves no half row behind.
         """
         self._note(after)
         for task, dataset in columns:
             self._note(task)[part] = len(dataset)
-        record, warning = self._measure(after.index, columns, predict, between)
+        record, warning = self._measure(after.index, columns, predict, between, batch)
         self._rows[part][after.index] = record
         first = record[self.protocols[0]][DECISION][self.metrics[0]]
         rows = [self._look(row, self.protocols[0], DECISION, self.metrics[0], "row") for row in self._in_order(self._rows[part])]
@@ -229,7 +232,12 @@ class Evaluation:
         return note
 
     def _measure(
-        self, upto: int, columns: Columns, predict: Callable[[Batch], Prediction], between: Callable[[], None] | None
+        self,
+        upto: int,
+        columns: Columns,
+        predict: Callable[[Batch], Prediction],
+        between: Callable[[], None] | None,
+        size: int | None = None,
     ) -> tuple[dict[str, Any], str | None]:
         """Predict every column once; protocol -> head -> metric -> {row, seen, per_class, domains}, and a warning or None."""
         from streamcl.metrics import classes as counting
@@ -258,7 +266,7 @@ class Evaluation:
             own = sorted(task.classes or task.labels)
             among = getattr(dataset, "among", None)
             mine = torch.arange(self.rank, len(dataset), self.world)
-            for batch in dataset.read(mine, self.batch):
+            for batch in dataset.read(mine, size or self.batch):
                 if batch.target is None and self.target != "text":
                     raise DataError(f"the test set of task {task.name!r} has no targets: every sample that is scored needs one")
                 prediction = predict(batch)
@@ -277,6 +285,9 @@ class Evaluation:
                         for name, place in itertools.product(self.metrics, _places(task, upto)):
                             if place == "seen" or not METRICS[name].by_class:
                                 metric(protocol, head, name, place).update(answer)
+                        for domain, part in _domains(task, upto, answer):
+                            for name in self.metrics:
+                                metric(protocol, head, name, f"domain {domain}").update(part)
                 if between is not None:
                     between()
 
@@ -291,7 +302,12 @@ class Evaluation:
                 return of.compute()
 
         width = 1 + max((task.index for task, _ in columns), default=-1)
-        domains = dict.fromkeys(str(task.about["domain"]) for task, _ in columns if task.index <= upto and "domain" in task.about)
+        domains = dict.fromkeys(
+            str(domain)
+            for task, _ in columns
+            if task.index <= upto and "domain" in task.about
+            for domain in task.about.get("domains", [task.about["domain"]])
+        )
         record: dict[str, Any] = {}
         if self.metrics == (UNSCORED,):
             nothing: dict[str, Any] = {"row": [None] * width, "seen": None, "per_class": None, "domains": {}}
@@ -366,7 +382,7 @@ class Evaluation:
             }
             if classes
             else None,
-            "per_domain": next((domains for domains in reversed(each("domains")) if domains is not None), None) or None,
+            "per_domain": {domain: value for domains in each("domains") for domain, value in (domains or {}).items()} or None,
         }
 
     def _area(self) -> float | None:
@@ -418,9 +434,21 @@ def _places(task: Task, upto: int) -> list[str]:
     places = [f"column {task.index}"]
     if task.index <= upto:
         places.append("seen")
-        if "domain" in task.about:
+        if "domain" in task.about and "domains" not in task.about:
             places.append(f"domain {task.about['domain']}")
     return places
+
+
+def _domains(task: Task, upto: int, answer: Answer) -> Iterable[tuple[str, Answer]]:
+    """The parts of a batch by the domain of each sample, where a task mixes several."""
+    named = answer.batch.extra.get("domain")
+    if task.index > upto or "domains" not in task.about or not isinstance(named, list):
+        return
+    for domain in dict.fromkeys(named):
+        rows = torch.tensor([place for place, other in enumerate(named) if other == domain])
+        scores = None if answer.scores is None else answer.scores[rows.to(answer.scores.device)]
+        texts = None if answer.texts is None else [answer.texts[place] for place in rows.tolist()]
+        yield str(domain), Answer(answer.batch[rows], scores, texts, {name: v[rows] for name, v in answer.embeddings.items()})
 
 
 def _classes(task: Task, dataset: Dataset, target: str) -> int:

@@ -76,7 +76,7 @@ def _forget(folder: RunFolder, wanted: Tensor) -> dict[str, Any]:
         "recomputed": exact,
         "checkpoints": {"removed": before, "written": checkpoints.numbers()},
         "pictures_removed": had_pictures,
-        "not_covered": _not_covered(learned, exact, known, chosen, 0 if samples is None else len(samples), unread),
+        "not_covered": _not_covered(folder, learned, exact, known, chosen, 0 if samples is None else len(samples), unread),
     }
     earlier = json.loads((folder.path / RECEIPTS).read_text(encoding="utf-8")) if (folder.path / RECEIPTS).is_file() else []
     folder.write(RECEIPTS, json.dumps([*earlier, receipt], indent=1))
@@ -109,7 +109,9 @@ def _samples(
         return None, None, held[rows] if len(rows) else None, str(error)
 
 
-def _not_covered(learned: Learned, exact: list[str], known: int | None, chosen: int | None, read: int, unread: str) -> list[str]:
+def _not_covered(
+    folder: RunFolder, learned: Learned, exact: list[str], known: int | None, chosen: int | None, read: int, unread: str
+) -> list[str]:
     """What may still hold something of these samples, in a sentence each."""
     left = []
     if chosen:
@@ -127,6 +129,8 @@ def _not_covered(learned: Learned, exact: list[str], known: int | None, chosen: 
         left.append(f"what the strategy keeps beside the memory, if it was computed from them: {', '.join(kept)}")
     if any(parameter.requires_grad for parameter in learned.model.parameters()):
         left.append("the weights of the network, which have learned from these samples")
+    if (folder.path / "stream").is_dir():
+        left.append(f"what the live stream took in and keeps in {folder.path / 'stream'}: remove it where no task is to be read again")
     left.append(
         "the data itself, caches of features or weights that were made from it, copies of this folder, exported models, and the disk's "
         "free blocks, where erased files were"

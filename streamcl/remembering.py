@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from streamcl import config as configuration
 from streamcl.checkpoint import Checkpoints
+from streamcl.contact_sheet import pixels, write
 from streamcl.errors import RunError
 from streamcl.run_folder import RunFolder
 from streamcl.wording import size
@@ -107,15 +106,12 @@ def _pictures(folder: Path, memory: Any, names: Sequence[str]) -> list[str]:
         if figure is None:
             lines.append(f"{name} was not drawn: {without}")
             continue
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=120, bbox_inches="tight", facecolor="white")
-        path, aside = folder / name, folder / f".{name}.writing"
+        path = folder / name
         try:
             folder.mkdir(exist_ok=True)
-            aside.write_bytes(content.getvalue())
-            aside.replace(path)
         except OSError as error:
             raise disk_error(error, path) from error
+        write(figure, path, 120, bbox_inches="tight", facecolor="white")
         lines.append(f"drawn: {path}")
     return lines
 
@@ -140,18 +136,10 @@ def _sheet(exemplars: Any, names: Sequence[str]) -> Figure | None:
         for axis in line:
             axis.set_axis_off()
         for axis, image in zip(line, images, strict=False):
-            pixels = _pixels(image)
-            axis.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, interpolation="nearest")
+            shown = pixels(image, float(image.min()), float(image.max()))
+            axis.imshow(shown, cmap="gray" if shown.ndim == 2 else None, interpolation="nearest")
         line[0].text(-0.25, 0.5, _name(names, label)[:20], ha="right", va="center", transform=line[0].transAxes, fontsize=9)
     return figure
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    """An image as a picture shows it: (height, width) or (height, width, 3), from 0 to 1."""
-    values = image.float()
-    low, high = values.min(), values.max()
-    values = (values - low) / (high - low).clamp_min(1e-9)
-    return values[0].numpy() if len(values) not in (3, 4) else values[:3].permute(1, 2, 0).numpy()
 
 
 def _projection(prototypes: Any, names: Sequence[str]) -> Figure | None:

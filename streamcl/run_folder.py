@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -78,6 +79,8 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for made in self.made:
             if any(made.iterdir()):
+                if (stream := made / "stream").is_dir():
+                    warnings.warn(f"what the live stream took in is kept in {stream}: name it as scenario.spool to learn it", stacklevel=2)
                 break
             made.rmdir()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -100,6 +102,7 @@ def build(settings: RunConfig, folder: RunFolder | None, log: Sequence[Sink] | N
         evaluate=settings.evaluate,
         log=[spec.build() for spec in settings.log] if log is None else log,
         weights=weights,
+        trained=lambda: trained_head(settings),
         folder=folder,
         name=settings.name or (folder.path.name if folder else "run"),
     )
@@ -128,7 +131,24 @@ def starting_model(settings: RunConfig) -> tuple[Backbone, Mapping[str, Tensor] 
     model = settings.model
     if model.run is not None:
         return backbone_of(settings).build(), load(model.run).model.backbone.state_dict()
-    return backbone_of(settings).build(), None if model.pretrain is None else load_file(pretrained_weights(settings))
+    if model.pretrain is None:
+        return backbone_of(settings).build(), None
+    tensors = load_file(pretrained_weights(settings)).items()
+    return backbone_of(settings).build(), {name.removeprefix("backbone."): value for name, value in tensors if name.startswith("backbone.")}
+
+
+def trained_head(settings: RunConfig) -> tuple[dict[str, Tensor], list[str]] | None:
+    """The head that belongs to the starting model, and the classes of its rows, where it was trained with one: what a test-time stream
+    is served by."""
+    model = settings.model
+    if model.run is not None:
+        learned = load(model.run)
+        return dict(learned.model.head.state_dict()), learned.classes
+    if model.pretrain is None:
+        return None
+    with safe_open(pretrained_weights(settings), framework="pt") as file:
+        classes = json.loads((file.metadata() or {})["classes"])
+        return {name[len("head.") :]: file.get_tensor(name) for name in file.keys() if name.startswith("head.")}, classes  # noqa: SIM118
 
 
 def pretrained_weights(settings: RunConfig) -> Path:
@@ -144,15 +164,15 @@ def pretrained_weights(settings: RunConfig) -> Path:
         sweep=None,
         name="pretraining",
     )
-    cache = (
-        Path(os.environ.get("STREAMCL_CACHE", Path.home() / ".cache" / "streamcl")) / "pretrained" / f"{earlier.digest()[:32]}.safetensors"
-    )
+    folder = Path(os.environ.get("STREAMCL_CACHE", Path.home() / ".cache" / "streamcl")) / "pretrained"
+    cache = folder / f"{earlier.digest()[:32]}-model.safetensors"
     if not cache.is_file():
         engine = build(earlier, None, log=[])
         engine.run()
         cache.parent.mkdir(parents=True, exist_ok=True)
         aside = cache.with_name(f".{cache.name}.{os.getpid()}")
-        save_file({name: value.cpu().contiguous() for name, value in engine.model.backbone.state_dict().items()}, aside)
+        tensors = {name: value.cpu().contiguous() for name, value in engine.model.state_dict().items()}
+        save_file(tensors, aside, metadata={"classes": json.dumps(engine.state()["classes"])})
         aside.replace(cache)
     return cache
 

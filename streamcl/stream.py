@@ -329,6 +329,7 @@ class Scenario(ABC):
     info: StreamInfo
     workdir: Path | None = None  # a folder of the run for a live stream's own files; set before `open`, None without a run
     interrupted: Callable[[], bool] = staticmethod(lambda: False)  # whether the run is to stop: asked by a stream that waits
+    tell: Callable[[str], None] = staticmethod(lambda message: None)  # says something to the person who runs the stream
     problems: Mapping[str, int] = {}  # what the data had wrong and was left out, counted; known once it is open
     bounded_by_classes: ClassVar[tuple[str, ...]] = ()  # options that cannot be above the number of classes: for `streamcl check`
 

@@ -82,17 +82,24 @@ def test_the_engine_imports_no_room():
     assert not found
 
 
-def test_what_is_imported_is_a_declared_dependency():
+def test_what_is_imported_is_a_declared_dependency_and_an_extra_only_where_it_is_used():
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.match(r"[\w.-]+", requirement)[0].replace("-", "_").lower() for requirement in project["dependencies"]}
+
+    def named(requirements):
+        return {re.match(r"[\w.-]+", requirement)[0].replace("-", "_").lower() for requirement in requirements}
+
+    declared = named(project["dependencies"])
+    extras = {name for extra, needed in project["optional-dependencies"].items() if extra != "test" for name in named(needed)}
     distributions = packages_distributions()
     found = set()
     for file in python_files("streamcl", *ROOMS):
+        lines = file.read_text(encoding="utf-8").splitlines()
         for line, name in imports(file):
             top = name.partition(".")[0]
             if top != "streamcl" and top not in sys.stdlib_module_names:
                 names = {name.replace("-", "_").lower() for name in distributions.get(top, [top])}
-                if not names & declared:
+                inside = lines[line - 1].startswith(" ")  # a function, or `if TYPE_CHECKING`
+                if not names & (declared | extras if inside else declared):
                     found.add(f"{where(file, line)}: {top} ({', '.join(sorted(names))})")
     assert not found
 

@@ -11,9 +11,9 @@ import torch
 import torchmetrics
 from torch import Tensor
 
+from streamcl.config import plugin_spec
 from streamcl.errors import DataError, PluginError
 from streamcl.metrics import Answer, Room, Score
-from streamcl.plugins import find
 from streamcl.stream import take
 
 
@@ -43,7 +43,7 @@ class Verified(torchmetrics.Metric):
         for name in dict.fromkeys(names):
             mine = torch.tensor([place for place, other in enumerate(names) if other == name])
             if name not in self._verifiers:
-                self._verifiers[name] = find("verifier", name).load()()
+                self._verifiers[name] = plugin_spec("verifier", name).build()
             rows = {column: take(values, mine) for column, values in extra.items()}
             given[mine] = self._verifiers[name]([texts[place] for place in mine.tolist()], rows).double().cpu()
         known = given.isfinite()

@@ -1,0 +1,1 @@
+"""Strategies that adapt a trained model to what it serves."""

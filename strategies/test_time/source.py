@@ -1,0 +1,25 @@
+"""The model as it was trained, served as it is: what every method of test-time adaptation is compared with.
+
+It changes nothing and keeps nothing.
+
+Evidence: small real data
+"""
+
+from __future__ import annotations
+
+import torch
+
+from streamcl.errors import ConfigError
+from streamcl.strategy import Strategy
+from streamcl.stream import Batch, Prediction, Task
+
+
+class Source(Strategy):
+    """No options."""
+
+    def learn(self, task: Task) -> None:
+        raise ConfigError("source learns nothing: it serves a trained model on a test-time stream (scenario: test_time)")
+
+    def adapt(self, batch: Batch) -> Prediction:
+        with torch.no_grad(), self.model.evaluating():
+            return self.predict(batch)
