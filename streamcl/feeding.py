@@ -409,6 +409,11 @@ def feed(
         status = folder.status()
         if status["status"] != "done":
             raise RunError(f"{folder.path} is {status['status']}: finish it first (streamcl resume {run}), then feed it")
+        stream = folder.read("info.json")["stream"]
+        if stream["test_time"]:
+            raise ConfigError(f"{folder.path} serves a test-time stream and learns from no labels: nothing can be fed to it")
+        if stream["target"] != "class":
+            raise ConfigError(f"{folder.path} learns {stream['target']}, and only a run that learns classes can be fed")
         given = source_mapping(data)
         title = name or Path(str(given.get("path", given["name"]))).stem
         new = Feed(status["cursor"]["tasks_done"], title, given, None if test is None else source_mapping(test), holdout)

@@ -77,9 +77,16 @@ class Learned:
             raise DataError("this model answers with something else than scores for classes")
         return torch.cat(found) if found else torch.empty(0, len(self.classes))  # type: ignore[arg-type]
 
-    def predict(self, inputs: Any) -> list[str]:
-        """The name of each sample's class."""
-        return [self.classes[label] for label in self.scores(inputs).argmax(dim=1).tolist()]
+    def predict(self, inputs: Any) -> list[Any]:
+        """The name of each sample's class; a list of names where a sample may have several, or of values where there are no classes."""
+        scores = self.scores(inputs)
+        if self.info.target == "labels":
+            given = Prediction(scores, threshold=self.info.threshold).labels()
+            assert isinstance(given, Tensor)
+            return [[name for name, there in zip(self.classes, row, strict=True) if there] for row in given.tolist()]
+        if self.info.target == "value":
+            return scores.squeeze(1).tolist() if scores.shape[1] == 1 else scores.tolist()
+        return [self.classes[label] for label in scores.argmax(dim=1).tolist()]
 
     def _batch(self, inputs: Any) -> Batch:
         modalities = self.info.modalities

@@ -251,7 +251,7 @@ def _facts(info: StreamInfo, task: Task, title: str) -> list[str]:
         names = [_name(info, task, label) for label in classes] if info.target in NUMBERED else []
         told = [re.search(rf"(?<!\w){re.escape(name)}(?!\w)", title) is not None for name in names]
         if len(names) > NAMED and told[0]:
-            lines.append(f"{len(names)} {word}")
+            lines.append(f"{len(names)} classes {word}" if word == "again" else f"{len(names)} new classes")
         elif not all(told):
             lines.append(f"{word}: {_listed(names, NAMED)}")
     return lines

@@ -113,6 +113,7 @@ def build(settings: RunConfig, folder: RunFolder | None, log: Sequence[Sink] | N
 def stream_of(settings: RunConfig, folder: RunFolder | None, more: Sequence[Feed] = ()) -> Scenario:
     """The scenario of a run, with what was fed to it."""
     scenario: Scenario = settings.scenario.build()
+    scenario.workdir = folder.path / "stream" if folder else None
     feeds = [*(read_feeds(folder.path) if folder else []), *more]
     return Extended(scenario, feeds) if feeds else scenario
 

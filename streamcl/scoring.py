@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from streamcl.config import RunConfig, plugin_spec
 from streamcl.data import Subset
-from streamcl.errors import DataError
+from streamcl.errors import ConfigError, DataError
 from streamcl.evaluation import Columns, Evaluation
 from streamcl.feeding import check_fit, held_out, source_mapping
 from streamcl.learned import Learned, check_inputs
@@ -51,14 +52,13 @@ def score(run: str | Path, data: str | None = None) -> dict[str, Any]:
     names = {label: name for task, _ in columns for label, name in task.names.items()}
     counts: Counter[str] = Counter()
     for _, dataset in columns:
-        labels, samples = dataset.targets.unique(return_counts=True)
-        counts.update({names[label]: count for label, count in zip(labels.tolist(), samples.tolist(), strict=True)})
+        counts.update({names[label]: count for label, count in _per_class(dataset.targets, learned.info.target)})
     return {
         "run": str(run),
         "data": data,
         "learned": len(state["memory_per_task"]),
         "metric": scores["metric"],
-        "samples": sum(counts.values()),
+        "samples": sum(len(dataset) for _, dataset in columns),
         "task_names": [task.name for task, _ in columns],
         "task_samples": [len(dataset) for _, dataset in columns],
         "class_samples": {name: counts[name] for name in names.values() if name in counts},
@@ -68,6 +68,15 @@ def score(run: str | Path, data: str | None = None) -> dict[str, Any]:
         "unknown": unknown,
         "warnings": warnings,
     }
+
+
+def _per_class(targets: Tensor, target: str) -> Iterator[tuple[int, int]]:
+    """How many samples carry each class; nothing where samples have no classes."""
+    if target in ("class", "text"):
+        labels, samples = targets.unique(return_counts=True)
+        yield from zip(labels.tolist(), samples.tolist(), strict=True)
+    elif target == "labels":
+        yield from enumerate((targets == 1).sum(0).tolist())
 
 
 def _figures(scores: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
@@ -107,6 +116,11 @@ def _own(folder: RunFolder, settings: RunConfig, state: Mapping[str, Any]) -> Co
 
 def _given(text: str, learned: Learned) -> tuple[Columns, dict[str, int]]:
     """Given data as one column, and how many samples it has of each class that the model does not know."""
+    if learned.info.target != "class":
+        raise ConfigError(
+            f"data can be given to score for a model of classes, and the target of this run is {learned.info.target}: without DATA its own "
+            "test sets are scored"
+        )
     data = plugin_spec("source", source_mapping(text)).build().load()
     check_fit(data, learned.info, text)
     chosen = held_out(data)
@@ -144,7 +158,7 @@ def table(result: Mapping[str, Any]) -> str:
     by_task = [(name, count, [view["tasks"][place] for view in views.values()]) for place, (name, count) in enumerate(tasks)]
     by_class = [(name, count, [view["per_class"].get(name) for view in views.values()]) for name, count in result["class_samples"].items()]
     lines += block("task", [*by_task, everything]) if result["data"] is None else block("data", [everything])
-    lines += ["", *block("class", by_class)]
+    lines += ["", *block("class", by_class)] if by_class else []
     if result["unknown"]:
         named = ", ".join(f"{name} ({count})" for name, count in result["unknown"].items())
         lines += ["", f"{sum(result['unknown'].values())} samples are of classes that the model does not know, and count as wrong: {named}"]

@@ -16,6 +16,32 @@ QUICK: dict[str, dict[str, Any]] = {
     "icarl": {"strategy": {"epochs": 2, "batch": 32}, "memory": {"exemplars": 60}},
     "gacil": {"strategy": {"buffer": 100}, "model": {"backbone": "identity"}},
 }
+TEST_TIME: dict[str, Any] = {
+    "scenario": {
+        "name": "test_time",
+        "data": "digits",
+        "corruptions": ["contrast", "fog", "jpeg_compression"],
+        "samples": 100,
+        "batch": 32,
+    },
+    "model": {
+        "backbone": {"name": "mlp", "hidden": [32]},
+        "pretrain": {
+            "scenario": {"name": "class_incremental", "data": "digits", "tasks": 1},
+            "strategy": {"name": "finetune", "epochs": 2},
+        },
+    },
+}
+
+
+def learns(name: str) -> bool:
+    """Whether the strategy learns from tasks; one of the test-time family adapts to what it serves."""
+    found = plugins("strategy").get(name)
+    return found is None or found.family != "test_time"
+
+
+def learning() -> list[str]:
+    return [name for name in strategies() if learns(name)]
 
 
 def strategies() -> list[str]:
@@ -32,6 +58,8 @@ def small_run(name: str, /, **changes: Any) -> dict[str, Any]:
         "engine": {"device": "cpu", "threads": 1, "checkpoint": {"every": "task"}},
         "log": ["jsonl"],
     }
+    if not learns(name):
+        config.update(copy.deepcopy(TEST_TIME))
     quick = QUICK.get(name) or {"strategy": {"epochs": 1} if "epochs" in find("strategy", name).options else {}}
     for section, options in (*copy.deepcopy(quick).items(), *changes.items()):
         if isinstance(options, dict) and isinstance(config.get(section), dict) and "name" not in options:

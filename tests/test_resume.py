@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_runs import comparable, small_run, strategies
+from small_runs import comparable, learning, small_run
 
 from streamcl import running
 from streamcl.checkpoint import Checkpoints
@@ -39,7 +39,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Engine, "_tick", ask_and_tick)
 
 
-@pytest.mark.parametrize("strategy", strategies())
+@pytest.mark.parametrize("strategy", learning())
 def test_a_run_stopped_at_any_step_resumes_to_the_same_scores(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = running.run(small_run(strategy), out=tmp_path / "whole")
     steps = json.loads((tmp_path / "whole/status.json").read_text())["cursor"]["step"]
