@@ -77,6 +77,18 @@ def test_the_readme_can_be_followed(tmp_path, monkeypatch, capsys):
     assert float(printed.splitlines()[-1]) > 0.7
 
 
+def test_the_page_about_scenarios_can_be_followed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = follow(CHECKOUT / "docs" / "scenarios.md", tmp_path)
+    assert [command[1] for command in commands] == ["show", "run"]
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 0, capsys.readouterr().err
+    assert (tmp_path / "scenes.png").is_file() and "4 tasks" in capsys.readouterr().out
+
+
 FOLLOWED = """
 import shlex, sys
 import pytest
