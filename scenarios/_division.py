@@ -128,11 +128,11 @@ def by_task(task: Tensor, count: int) -> tuple[Tensor, ...]:
     return task.argsort(stable=True).split(counts.tolist())[1:]
 
 
-def need_training_samples(counts: Tensor, names: Sequence[str], kind: str) -> None:
+def need_training_samples(counts: Tensor, names: Sequence[str], kind: str, remedy: str = "leave the class out with `classes`") -> None:
     """Raise DataError for classes, by their arrival, that no training sample has."""
     lacking = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
     if lacking:
-        raise DataError(f"{kind}: no training sample of {listing(lacking)}: add some, or leave the class out with `classes`")
+        raise DataError(f"{kind}: no training sample of {listing(lacking)}: add some, or {remedy}")
 
 
 def need_target(loaded: SourceData, targets: tuple[str, ...], kind: str, what: str) -> None:

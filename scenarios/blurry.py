@@ -63,12 +63,13 @@ class Blurry(Scenario):
         names = loaded.class_names
         if self.tasks > len(names):
             raise ConfigError(f"{KIND}: tasks is {self.tasks} and there are only {len(names)} classes")
-        need_training_samples(torch.bincount(loaded.train.targets, minlength=len(names)), names, KIND)
+        counts = torch.bincount(loaded.train.targets, minlength=len(names))
+        need_training_samples(counts, names, KIND, "leave the class out of the source")
         order = arranged(names, self.order, seed, KIND)
         task, self.own = self._deal(loaded.train.targets, order, seed)
-        empty = [index + 1 for index in range(self.tasks) if not bool((task == index).any())]
-        if empty:
-            raise ConfigError(f"{KIND}: with this seed task {empty[0]} would have no sample: take fewer tasks, or sizes: equal")
+        empty = (torch.bincount(task, minlength=self.tasks) == 0).nonzero().squeeze(1)
+        if len(empty):
+            raise ConfigError(f"{KIND}: with this seed task {empty[0] + 1} would have no sample: take fewer tasks, or sizes: equal")
         first = torch.full((len(names),), self.tasks).scatter_reduce(0, loaded.train.targets, task, "amin")
         arrival = sorted(order, key=lambda number: (int(first[number]), order.index(number)))
         self._names = [names[number] for number in arrival]
@@ -135,8 +136,9 @@ class Blurry(Scenario):
         else:
             groups = np.array_split(np.array(order[:disjoint], dtype=np.int64), self.tasks)
         strays = np.array_split(np.array(order[disjoint:], dtype=np.int64), self.tasks)
-        for index, group in enumerate([*groups, *reversed(strays)]):  # reversed, so that the tasks with one class more are others
-            own[torch.from_numpy(group)] = index if index < self.tasks else 2 * self.tasks - 1 - index
+        for index in range(self.tasks):
+            own[torch.from_numpy(groups[index])] = index
+            own[torch.from_numpy(strays[index])] = self.tasks - 1 - index  # from the end, so that other tasks have one class more
         task = own[targets]
         blurs = torch.zeros(len(order), dtype=torch.bool)
         blurs[order[disjoint:]] = True

@@ -49,6 +49,11 @@ class ClassIncremental(DividedByClass):
             raise ConfigError("class_incremental: imbalance is 0, and the smallest class needs a sample: 0.01 keeps a hundredth")
         if tail == "ordered" and imbalance == 1:
             raise ConfigError("class_incremental: tail says where the small classes are, and imbalance: 1 makes none: give imbalance")
+        if repeat and task_ids:
+            raise ConfigError(
+                "class_incremental: repeat brings classes back in the tasks of others, and with task_ids a sample is decided among the "
+                "classes of the task that it is told: leave one of them out"
+            )
         self.repeat, self.online, self.task_ids, self.imbalance, self.tail = repeat, online, task_ids, imbalance, tail
 
     def open(self, seed: int) -> StreamInfo:
@@ -108,7 +113,8 @@ class ClassIncremental(DividedByClass):
         if self.imbalance < 1:
             task[self._left_out(counts, seed)] = -1
         if self.repeat:
-            _, back = split_by_class(self._train.targets, self.repeat, generator(seed, "repeat"))
+            group = torch.where(task < 0, -1, self._train.targets)  # of what is in the stream: a class keeps a sample of its own
+            _, back = split_by_class(group, self.repeat, generator(seed, "repeat"))
             back = back[(task[back] >= 0) & (task[back] < len(self) - 1)]
             arrived = self._relabel[self._train.targets[back]]
             # Each class begins with another task, so that a few held-back samples of many classes do not all land in the next one.

@@ -65,6 +65,9 @@ class Concepts(Scenario):
             if wrong or not texts:
                 told = f"{wrong[0]!r} names the concept {wrong[0].count('{}')} times" if wrong else "there is none"
                 raise ConfigError(f"{KIND}: {option}: {told}: each needs {{}} once, where the concept belongs")
+        if concepts is not None and (order != "given" or not concepts):
+            told = "lists none" if not concepts else "already says the order: leave out order"
+            raise ConfigError(f"{KIND}: concepts {told}")
         wrong = [text for text in joint_prompts if "{0}" not in text or "{1}" not in text]
         if wrong:
             raise ConfigError(f"{KIND}: joint_prompts: {wrong[0]!r} lacks {{0}} or {{1}}: each names two concepts")
@@ -103,7 +106,8 @@ class Concepts(Scenario):
         self._all = [self._words(place, name) for place, name in enumerate(names)]
         for place, concept in enumerate(self._all):
             phrases = [earlier["phrase"] for earlier in self._all[:place]]
-            concept["joint_prompts"] = [text.format(concept["phrase"], phrase) for phrase in phrases for text in self.joint_prompts]
+            mine = [text.replace("{0}", concept["phrase"]) for text in self.joint_prompts]
+            concept["joint_prompts"] = [text.replace("{1}", phrase) for phrase in phrases for text in mine]
         self.info = StreamInfo(
             modalities={self.modality: loaded.modalities[self.modality]},
             target="image",
@@ -125,7 +129,7 @@ class Concepts(Scenario):
         view = Subset(self._train, self._rows[index], self._relabel)
         phrases = [concept["phrase"] for concept in self._all]
         drawn = [derived(self._seed, "caption", identity) % len(self.templates) for identity in view.ids.tolist()]  # a few images
-        captions = [self.templates[t].format(phrases[c]) for t, c in zip(drawn, view.targets.tolist(), strict=True)]
+        captions = [self.templates[t].replace("{}", phrases[c]) for t, c in zip(drawn, view.targets.tolist(), strict=True)]
         return Task(
             index=index,
             name=", ".join(concept["name"] for concept in mine),
@@ -146,14 +150,14 @@ class Concepts(Scenario):
     def _words(self, place: int, name: str) -> dict[str, Any]:
         """Everything that is said of a concept by itself."""
         word = self.word[name] if isinstance(self.word, dict) else self.word if self.word is not None else name
-        token = self.placeholder.format(place + 1)
+        token = self.placeholder.replace("{}", str(place + 1))  # whatever other braces it holds
         phrase = f"{token} {word}".strip()
         return {
             "name": name,
             "placeholder": token,
             "word": word,
             "phrase": phrase,
-            "prompts": [prompt.format(phrase) for prompt in self.prompts],
+            "prompts": [prompt.replace("{}", phrase) for prompt in self.prompts],
         }
 
 

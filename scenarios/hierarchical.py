@@ -5,8 +5,8 @@ is the name of a grouping that the source has (`coarse`, `alphabet`), or a mappi
 `{even: ["0", "2"], odd: ["1", "3"]}`. The training samples are dealt out evenly over the levels, each sample once, and carry the label
 of their level only. `tasks` says in how many tasks each level arrives: one number per level, by default one task each, which is the
 multiple-depth stream; `levels: [coarse], tasks: [1, 5]` is the single-depth one, whose later tasks each bring the children of some
-coarse labels. `dual: true` also tells each finer sample's coarse label (`extra["parents"]`, one column per level, -1 where a level is
-not told): the dual-label variant.
+coarse labels. `dual: true` also tells each finer training sample's coarser labels (`extra["parents"]`, a column for each level above
+the classes, -1 where a level is not told): the dual-label variant.
 
 The labels of all levels are classes of one stream, numbered as they arrive; `task.level` and `task.parents` (class -> its parent's
 number) tell how they hang together. What is scored of a task is decided among the classes of its own level that were seen, as the
@@ -102,7 +102,8 @@ class Hierarchical(Scenario):
         rows = self._test_of[task.index]
         if not len(rows):
             return None
-        test = self._labelled(self._test, rows, task.index)
+        level = self._level_of_task[task.index]
+        test = Subset(self._test, rows, targets=self._number[level, self._test.targets[rows]])  # parents would tell half the answer
         test.among = tuple(c for c in after.seen if self._level_of_class[c] == task.level)
         return test
 
@@ -128,6 +129,8 @@ class Hierarchical(Scenario):
             else:
                 names, label = list(level), torch.full((len(number),), -1, dtype=torch.int64)
                 for position, members in enumerate(level.values()):
+                    if not members:
+                        raise ConfigError(f"{KIND}: levels.{depth}: {names[position]!r} lists no class: every label needs one")
                     for member in members:
                         own = numbered(member, number, f"{KIND}: levels.{depth}")
                         if label[own] >= 0:
@@ -179,7 +182,11 @@ class Hierarchical(Scenario):
         parents = list(dict.fromkeys(parent_of[label] for label in order))
         if level == 0 or count > len(parents):
             return [part.tolist() for part in np.array_split(np.array(order), count)]
-        return [[label for label in order if parent_of[label] in set(part.tolist())] for part in np.array_split(np.array(parents), count)]
+        group_of = {parent: group for group, part in enumerate(np.array_split(np.array(parents), count)) for parent in part.tolist()}
+        groups: list[list[int]] = [[] for _ in range(count)]
+        for label in order:
+            groups[group_of[parent_of[label]]].append(label)
+        return groups
 
     def _deal(self, data: SourceData, above: Tensor, seed: int) -> None:
         """The task of every training sample: first its level, in equal shares of every class, then the task of its label there."""
@@ -215,7 +222,11 @@ class Hierarchical(Scenario):
         level = self._level_of_task[index]
         targets = dataset.targets[rows]
         view = Subset(dataset, rows, targets=self._number[level, targets])
-        return _WithParents(view, self._number[:level, targets].T) if self.dual and level else view
+        if not self.dual:
+            return view
+        parents = torch.full((len(rows), len(self.levels)), -1, dtype=torch.int64)
+        parents[:, :level] = self._number[:level, targets].T
+        return _WithParents(view, parents)
 
 
 class _WithParents(MapDataset):

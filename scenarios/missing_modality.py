@@ -15,7 +15,8 @@ with ids of its own). `test` is the pattern of what is scored: that of the task 
 
 An absent value cannot be read by accident: it is NaN in numbers, 0 in integers and "" in text, and masked in `Batch.present`. In
 `task.missing` stands the pattern, and in `extra["missing"]` of every sample a bit mask of what it lacks, bit i for the i-th modality
-in alphabetical order.
+in alphabetical order. What the source lacks itself stays absent, on top of the pattern; a sample that would be left with nothing keeps
+what the source has of it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from streamcl.plugins import near_name
 from streamcl.seeding import generator
 from streamcl.stream import Batch, Dataset, Modality, Scenario, Source, StreamInfo, Task
 
-from ._division import arranged, by_task, listing, need_target, need_test
+from ._division import arranged, by_task, listing, need_target, need_test, need_training_samples
 from ._targets import all_classes, stream_info
 
 KIND = "missing_modality"
@@ -58,6 +59,8 @@ class MissingModality(Scenario):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if divide != "classes" and order != "seed":
+            raise ConfigError(f"{KIND}: order is that of the classes, and divide: {divide} brings them all at once: leave it out")
         if not missing:
             raise ConfigError(f"{KIND}: missing is empty: one pattern per task is needed; {{}} is a complete one")
         if train_complete and test == "complete":
@@ -91,6 +94,8 @@ class MissingModality(Scenario):
             if tasks > len(loaded.class_names):
                 raise ConfigError(f"{KIND}: {tasks} patterns and only {len(loaded.class_names)} classes: at most one task for each class")
             arrival = arranged(loaded.class_names, self.order, seed, KIND)
+            counts = torch.bincount(loaded.train.targets, minlength=len(arrival))
+            need_training_samples(counts, loaded.class_names, KIND, "leave the class out of the source")
             groups = np.array_split(np.array(arrival), tasks)
             own = torch.empty(len(arrival), dtype=torch.int64)
             for index, group in enumerate(groups):
@@ -111,6 +116,8 @@ class MissingModality(Scenario):
             else:
                 shuffled = torch.randperm(len(loaded.train), generator=generator(seed, "divide"))
                 self._train_of = tuple(part.sort().values for part in shuffled.tensor_split(tasks))
+                if tasks > len(shuffled):
+                    raise ConfigError(f"{KIND}: {tasks} patterns and only {len(shuffled)} training samples to divide: take fewer tasks")
         self._stride = int(max(dataset.ids.max() for dataset in (loaded.train, loaded.test))) + 1
         self._hold_back(seed)
         self.info = stream_info(loaded, tasks=tasks, passes=1 if self.online else None)
@@ -168,9 +175,9 @@ class MissingModality(Scenario):
         if not self.validation:
             return
         targets, kept, held = self._loaded.train.targets, [], []
-        for index, rows in enumerate(self._train_of):
+        for rows in self._train_of:
             group = targets[rows] if self._loaded.target in ("class", "text") else torch.zeros(len(rows), dtype=torch.int64)
-            mine, theirs = split_by_class(group, self.validation, generator(seed, "validation", index))
+            mine, theirs = split_by_class(group, self.validation, generator(seed, "validation"))  # the same where all tasks see all
             kept.append(rows[mine])
             held.append(rows[theirs])
         self._train_of, self._validation_of = tuple(kept), tuple(held)
@@ -178,8 +185,14 @@ class MissingModality(Scenario):
     def _view(self, dataset: Dataset, rows: Tensor, index: int, pattern: Pattern, part: str) -> MapDataset:
         view: MapDataset = Subset(dataset, rows, self._relabel)
         lost = self._table(len(rows), pattern, generator(self._seed, "missing", part, index))  # (samples, modalities)
+        own: Mapping[str, Tensor] = getattr(dataset, "present", None) or {}
+        lacking = torch.stack(
+            [~own[name][rows] if name in own else torch.zeros(len(rows), dtype=torch.bool) for name in self._modalities], 1
+        )
+        lost &= ~(lost | lacking).all(dim=1, keepdim=True)
         first = index * self._stride if self.divide == "all" and part != "test" else 0
-        return _Incomplete(Masked(view, {name: ~lost[:, place] for place, name in enumerate(self._modalities)}), lost, first)
+        masked = Masked(view, {name: ~lost[:, place] for place, name in enumerate(self._modalities)})
+        return _Incomplete(masked, lost | lacking, first)
 
     def _table(self, count: int, pattern: Pattern, draw: torch.Generator) -> Tensor:
         """Which sample lacks which modality."""
@@ -205,14 +218,18 @@ class _Incomplete(MapDataset):
 
     def __init__(self, dataset: Masked, lost: Tensor, first: int) -> None:
         self.dataset, self.first, self.targets, self.ids = dataset, first, dataset.targets, dataset.ids + first
-        self.workers = dataset.workers
+        self.workers, self.in_memory = dataset.workers, dataset.in_memory
         self.code = (lost * 2 ** torch.arange(lost.shape[1])).sum(dim=1)
 
     def _finish(self, batch: Batch, indices: Tensor) -> Batch:
-        return batch.replace(ids=batch.ids + self.first, extra={**batch.extra, "missing": self.code.index_select(0, indices)})
+        ids = self.ids.index_select(0, indices) if self.first else batch.ids
+        extra = {**batch.extra, "missing": self.code.index_select(0, indices)}
+        return Batch(batch.inputs, batch.target, ids, batch.present, batch.task, extra)
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return self._finish(self.dataset[indices], indices)
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if self.in_memory:
+            return self._together(order, size)
         return map(self._finish, self.dataset.read(order, size), order.split(size) if len(order) else ())

@@ -19,8 +19,10 @@ other multi-label work has it. In the matrix a column is the classes that a task
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +33,8 @@ from streamcl.seeding import generator
 from streamcl.stream import Dataset, StreamInfo, Task
 
 from ._division import DividedByClass, listing, need_target, need_test, need_training_samples
+
+BLOCK = 2**21  # labels that are looked through at a time
 
 
 class MultiLabel(DividedByClass):
@@ -66,12 +70,7 @@ class MultiLabel(DividedByClass):
         assert loaded.test is not None
         self.divide(loaded, seed)
         self._train, self._test, self._seed = loaded.train, loaded.test, seed
-        need_training_samples((loaded.train.targets == 1).sum(0)[self._arrival], self._names, self.kind)
-        train = torch.arange(len(loaded.train))
-        if self.validation:
-            held = torch.randperm(len(train), generator=generator(seed, "validation")) < round(self.validation * len(train))
-            self._validation_samples, train = train[held], train[~held]
-        self._training_samples = train
+        self._deal(loaded.train.targets, loaded.test.targets, seed)
         self.info = StreamInfo(
             modalities=loaded.modalities,
             target="labels",
@@ -87,11 +86,11 @@ class MultiLabel(DividedByClass):
 
     def task(self, index: int) -> Task:
         classes = self.new_classes(index)
-        rows, targets = self._annotated(self._train, self._training_samples, index)
+        rows, targets = self._annotated(self._train_of[index], index)
         train: Dataset = Subset(self._train, rows, targets=self._worsened(targets, index))
         validation = None
         if self.validation:
-            rows, targets = self._annotated(self._train, self._validation_samples, index)
+            rows, targets = self._annotated(self._validation_of[index], index)
             validation = Subset(self._train, rows, targets=targets)
         return Task(
             index=index,
@@ -106,26 +105,58 @@ class MultiLabel(DividedByClass):
 
     def test(self, task: Task, after: Task) -> Dataset | None:
         """The samples whose earliest class among those seen came with `task`, so that the tasks' test sets share none."""
-        truth = self._test.targets.index_select(1, self._arrival[: len(after.seen)])
-        rows = (self._earliest_task(truth) == task.index).nonzero().squeeze(1)
-        return Subset(self._test, rows, targets=truth[rows]) if len(rows) else None
+        rows = self._test_of[task.index].long()
+        if task.index > after.index or not len(rows):
+            return None
+        return Subset(self._test, rows, targets=self._test.targets[rows].index_select(1, self._arrival[: len(after.seen)]))
 
-    def _annotated(self, dataset: Dataset, samples: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """The samples with a class of this task, and their labels: a column for each class seen, those of earlier tasks at -1."""
+    def _deal(self, train: Tensor, test: Tensor, seed: int) -> None:
+        """The samples of each task: to train on, for validation, and of the test set those whose earliest class it brings."""
+        held = torch.zeros(len(train), dtype=torch.bool)
+        if self.validation:
+            held = torch.randperm(len(train), generator=generator(seed, "validation")) < round(self.validation * len(train))
+        counts, learned = torch.zeros(2, len(self._names), dtype=torch.int64)
+        first = torch.full((len(self._names),), len(train))  # the first sample of each class
+
+        joins = []
+        for row, class_ in self._carried(train):
+            task = self._own_task[class_]
+            if self.occurrences == "once":
+                begins = _begins(row)
+                kept = task == task[begins][begins.cumsum(0) - 1]
+                row, class_, task = row[kept], class_[kept], task[kept]
+            counts += torch.bincount(class_, minlength=len(counts))
+            learned += torch.bincount(class_[~held[row]], minlength=len(counts))
+            first.scatter_reduce_(0, class_, row, "amin")
+            new = _begins(row) | _begins(task)
+            joins.append((row[new].int(), task[new].int()))
+        need_training_samples(counts, self._names, self.kind)
+        held[first[learned == 0]] = False  # every class keeps a sample to learn from
+        self._validation_of: tuple[Tensor, ...] = ()
+        if self.validation:
+            masks = [held[row.long()] for row, _ in joins]
+            self._validation_of = _dealt([(row[m], task[m]) for (row, task), m in zip(joins, masks, strict=True)], len(self))
+            joins = [(row[~m], task[~m]) for (row, task), m in zip(joins, masks, strict=True)]
+        self._train_of = _dealt(joins, len(self))
+        earliest = [(row[_begins(row)].int(), self._own_task[class_[_begins(row)]]) for row, class_ in self._carried(test)]
+        self._test_of = _dealt(earliest, len(self))
+
+    def _carried(self, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Which sample carries which class, as they arrive: pairs in that order, looked for a block at a time to save memory."""
+        classes, arrival = len(self._names), self._arrival.numpy()
+        step = max(1, BLOCK // classes)
+        for start in range(0, len(labels), step):
+            block = np.take(labels[start : start + step].numpy(), arrival, axis=1)  # in a quarter of the time that torch takes
+            row, class_ = np.divmod(np.flatnonzero(block == 1), classes)
+            yield torch.from_numpy(row) + start, torch.from_numpy(class_)
+
+    def _annotated(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """A task's samples, and their labels: a column for each class seen, those of earlier tasks at -1."""
         known, reached = self._bounds[index : index + 2]
-        if self.occurrences == "once":
-            mine = self._earliest_task(dataset.targets[samples][:, self._arrival]) == index
-        else:
-            mine = (dataset.targets[samples][:, self._arrival[known:reached]] == 1).any(dim=1)
-        rows = samples[mine]
+        rows = rows.long()
         targets = torch.full((len(rows), reached), -1, dtype=torch.int8)
-        targets[:, known:] = dataset.targets[rows][:, self._arrival[known:reached]].to(torch.int8)
+        targets[:, known:] = self._train.targets[rows[:, None], self._arrival[known:reached]].to(torch.int8)
         return rows, targets
-
-    def _earliest_task(self, truth: Tensor) -> Tensor:
-        """The first task that brought a class which each sample carries; the number of tasks where it carries none."""
-        tasks = self._own_task[: truth.shape[1]]
-        return torch.where(truth == 1, tasks, len(self)).amin(dim=1) if truth.shape[1] else torch.full((len(truth),), len(self))
 
     def _worsened(self, targets: Tensor, index: int) -> Tensor:
         if not (self.partial or self.single_positive or self.wrong):
@@ -143,3 +174,21 @@ class MultiLabel(DividedByClass):
             kept = torch.zeros_like(own, dtype=torch.bool).scatter_(1, chosen, True) & (own == 1)
             own = torch.where(kept, own, own.new_full((), -1))
         return torch.cat([targets[:, :known], own], dim=1)
+
+
+def _dealt(joins: list[tuple[Tensor, Tensor]], tasks: int) -> tuple[Tensor, ...]:
+    """The samples of each task, in order, from blocks of (sample, task); to sort them all at once would take several times the memory."""
+    counts = [torch.bincount(task, minlength=tasks) for _, task in joins]
+    total = torch.stack(counts).sum(0)
+    rows = torch.empty(int(total.sum()), dtype=torch.int32)
+    free = total.cumsum(0) - total  # where the next sample of each task goes
+    for (row, task), count in zip(joins, counts, strict=True):
+        before = free - (count.cumsum(0) - count)
+        rows[before.repeat_interleave(count) + torch.arange(len(row))] = row[task.argsort(stable=True)]
+        free += count
+    return rows.split(total.tolist())
+
+
+def _begins(numbers: Tensor) -> Tensor:
+    """Where another number begins than the one before."""
+    return numbers.diff(prepend=numbers.new_full((1,), -1)) != 0

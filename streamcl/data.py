@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ class MapDataset:
     targets: Tensor
     ids: Tensor
     workers: int = 0  # processes that read ahead
-    in_memory: bool = False  # a look-up costs no decoding: small batches are looked up together
+    in_memory: bool = False  # a look-up is a copy of rows: small batches are looked up together
     among: tuple[int, ...] | None = None  # of a test set: the classes that its samples are decided among, where not all that were seen
 
     def __len__(self) -> int:
@@ -101,9 +102,13 @@ class ArrayDataset(MapDataset):
                 raise DataError(f"{name} has {len(column)} rows and the targets have {len(targets)}: they must be equally many")
 
     def __getitem__(self, indices: Tensor) -> Batch:
+        return self.labelled(indices, self.targets.index_select(0, indices))
+
+    def labelled(self, indices: Tensor, targets: Tensor) -> Batch:
+        """These samples with these targets."""
         return Batch(
             {name: take(values, indices) for name, values in self.inputs.items()},
-            self.targets.index_select(0, indices),
+            targets,
             self.ids.index_select(0, indices),
             None if self.present is None else {name: mask.index_select(0, indices) for name, mask in self.present.items()},
             None,
@@ -182,7 +187,10 @@ class Subset(MapDataset):
         return batch
 
     def __getitem__(self, indices: Tensor) -> Batch:
-        return self._finish(self.dataset[self.indices.index_select(0, indices)], indices)
+        rows = self.indices.index_select(0, indices)
+        if type(self.dataset) is ArrayDataset:
+            return self.dataset.labelled(rows, self.targets.index_select(0, indices))
+        return self._finish(self.dataset[rows], indices)
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
         if self.in_memory:
@@ -243,7 +251,8 @@ class Masked(MapDataset):
         for name, mask in self.present.items():
             mine = mask.index_select(0, indices)
             masks[name] = mine & masks[name] if name in masks else mine
-        return batch.replace(inputs={name: blanked(values, masks.get(name)) for name, values in batch.inputs.items()}, present=masks)
+        inputs = {name: blanked(values, masks.get(name), owned=self.in_memory) for name, values in batch.inputs.items()}
+        return Batch(inputs, batch.target, batch.ids, masks, batch.task, batch.extra)
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return self._finish(self.dataset[indices], indices)
@@ -254,14 +263,21 @@ class Masked(MapDataset):
         return map(self._finish, self.dataset.read(order, size), order.split(size) if len(order) else ())
 
 
-def blanked(values: Column, present: Tensor | None) -> Column:
-    """A column without the values that are absent."""
-    if present is None or bool(present.all()):
+def blanked(values: Column, present: Tensor | None, owned: bool = False) -> Column:
+    """A column without the values that are absent; the same tensor, changed, where it is `owned` by the caller."""
+    if present is None:
         return values
     if isinstance(values, list):
-        return [value if there else "" for value, there in zip(values, present.tolist(), strict=True)]
-    there = present.to(values.device).view(-1, *[1] * (values.dim() - 1))
-    return values.masked_fill(~there, torch.nan if values.is_floating_point() else 0)
+        return values if bool(present.all()) else [value if there else "" for value, there in zip(values, present.tolist(), strict=True)]
+    blank = torch.nan if values.is_floating_point() else 0
+    if values.device.type != "cpu" or values.dtype == torch.bfloat16:  # which NumPy does not know
+        return values.masked_fill(~present.to(values.device).view(-1, *[1] * (values.dim() - 1)), blank)
+    absent = np.flatnonzero(~present.cpu().numpy())
+    if not len(absent):
+        return values
+    left = values if owned else values.clone()
+    left.numpy()[absent] = blank  # row by row; torch goes through the mask for every element, in many times the time
+    return left
 
 
 class Told(MapDataset):
@@ -304,15 +320,16 @@ class SinglePass(MapDataset):
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset, self.targets, self.ids = dataset, dataset.targets, dataset.ids
-        self.read_already = torch.zeros(len(dataset), dtype=torch.bool)
+        self.read_already = np.zeros(len(dataset), dtype=bool)
 
     def _mark(self, indices: Tensor) -> None:
-        if bool(self.read_already.index_select(0, indices).any()):
+        rows = indices.numpy()  # a few rows at a time: NumPy is there in a third of the time
+        if self.read_already[rows].any():
             raise DataError(
                 "this stream is single-pass (scenario.online: true) and a sample was read twice: "
                 "use a strategy that reads each one once, with epochs: 1"
             )
-        self.read_already.index_fill_(0, indices, True)
+        self.read_already[rows] = True
 
     def __getitem__(self, indices: Tensor) -> Batch:
         self._mark(indices)

@@ -28,7 +28,8 @@ def squared_error(values: Tensor, target: Tensor) -> Tensor:
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of (batch, classes, height, width) over the annotated pixels of (batch, height, width)."""
-    return cross_entropy(logits, target.long(), ignore_index=NOT_ANNOTATED)
+    total = cross_entropy(logits, target.long(), ignore_index=NOT_ANNOTATED, reduction="sum")
+    return total / (target != NOT_ANNOTATED).sum().clamp(min=1)  # a batch without an annotation has nothing to learn, and its mean is NaN
 
 
 CRITERIA: dict[str, Callable[..., Tensor]] = {

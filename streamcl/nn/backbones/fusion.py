@@ -40,7 +40,7 @@ class Fusion(Backbone):
         if unknown or not names:
             told = f"{unknown[0]!r} is no modality of the stream; it has {', '.join(info.modalities)}" if unknown else "modalities is empty"
             raise ConfigError(f"backbone fusion: {told}")
-        self.reads = sorted(names)
+        self.reads = sorted(set(names))
         self.encoders = nn.ModuleDict({name: _encoder(info.modalities[name], self.width) for name in self.reads})
         self.absent = nn.ParameterDict({name: nn.Parameter(torch.zeros(self.width)) for name in self.reads})
         self.dim = self.width * len(self.reads)
