@@ -7,7 +7,8 @@ come in the order of the source, as published; CIFAR-100 and miniImageNet are 60
 otherwise the seed draws them. `validation` is taken from the base session alone: a session has no sample to spare.
 
 Scored by accuracy (per session, their average, and the performance drop from the first to the last), by the accuracy on base classes
-and on new ones, each among all classes seen, and by the harmonic mean of these two.
+and on new ones, each among all classes seen, by the harmonic mean of these two, and by the shares of base samples that are taken
+for new classes and of new samples that are taken for base classes.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class FewShot(Scenario):
         self._test_of = by_task(self._session(self._relabel[loaded.test.targets]), len(self))
         self.info = StreamInfo(
             modalities=loaded.modalities,
-            metrics=("accuracy", "harmonic_mean", "base_accuracy", "new_accuracy"),
+            metrics=("accuracy", "harmonic_mean", "base_accuracy", "new_accuracy", "base_as_new", "new_as_base"),
             classes=len(arrival),
             tasks=len(self),
             licence=loaded.licence,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,9 +97,7 @@ class ArrayDataset(MapDataset):
     ) -> None:
         self.inputs, self.targets, self.present, self.extra = inputs, targets, present, extra or {}
         self.ids = torch.arange(len(targets)) if ids is None else ids
-        for name, column in {**inputs, **self.extra, **(present or {}), "ids": self.ids}.items():
-            if len(column) != len(targets):
-                raise DataError(f"{name} has {len(column)} rows and the targets have {len(targets)}: they must be equally many")
+        _check_lengths(len(targets), inputs, self.extra, present or {}, {"ids": self.ids})
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return self.labelled(indices, self.targets.index_select(0, indices))
@@ -114,6 +112,12 @@ class ArrayDataset(MapDataset):
             None,
             {name: take(values, indices) for name, values in self.extra.items()} if self.extra else {},
         )
+
+
+def _check_lengths(count: int, *columns: Mapping[str, Column]) -> None:
+    for name, column in (item for group in columns for item in group.items()):
+        if len(column) != count:
+            raise DataError(f"{name} has {len(column)} rows and the targets have {count}: they must be equally many")
 
 
 class FileDataset(MapDataset):
@@ -135,6 +139,7 @@ class FileDataset(MapDataset):
         self.decode, self.targets, self.workers = decode, targets, workers
         self.ids = torch.arange(len(targets)) if ids is None else ids
         self.extra, self.present = extra or {}, present
+        _check_lengths(len(targets), self.extra, present or {}, {"ids": self.ids})
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return Batch(

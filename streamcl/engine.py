@@ -34,7 +34,7 @@ from streamcl.processes import Processes
 from streamcl.run_folder import RunFolder, environment
 from streamcl.seeding import random_state, restore_random, seed_everything
 from streamcl.strategy import Strategy
-from streamcl.stream import Batch, Dataset, Prediction, Scenario, Task
+from streamcl.stream import Batch, Dataset, Prediction, Scenario, Task, asked
 from streamcl.writing import DISK_TROUBLE, disk_error
 
 CHANGED = "has changed since the run last used it"  # of a plug-in in a person's own file
@@ -358,7 +358,7 @@ class Engine:
 
     @torch.no_grad()
     def _predict(self, batch: Batch) -> Prediction:
-        prepared = self.context.prepare(batch.replace(target=None), train=False)
+        prepared = self.context.prepare(asked(batch, self.info), train=False)
         with self.context.autocast():
             prediction = self.strategy.predict(prepared)
             if self._measures:
@@ -370,7 +370,7 @@ class Engine:
 
     def _adapt(self, batch: Batch) -> Prediction:
         """What is served of a test-time stream: the samples alone, and what the strategy makes of them."""
-        prepared = self.context.prepare(batch.replace(target=None, extra={}), train=False)
+        prepared = self.context.prepare(asked(batch, self.info), train=False)
         self.context.samples += len(batch)
         with self.context.autocast():
             return self.strategy.adapt(prepared)

@@ -21,7 +21,7 @@ from streamcl.nn.model import Model
 from streamcl.preparing import Preparation
 from streamcl.seeding import random_state, restore_random, seed_everything
 from streamcl.strategy import Strategy
-from streamcl.stream import Batch, Modality, Prediction, StreamInfo, Transform
+from streamcl.stream import Batch, Modality, Prediction, StreamInfo, Transform, asked
 
 CHUNK = 512  # samples that are predicted at a time
 
@@ -61,7 +61,7 @@ class Learned:
     def answer(self, batch: Batch) -> Prediction:
         """What the strategy says of a raw batch."""
         self.model.eval()
-        prepared = self.context.prepare(batch.replace(target=None), train=False)
+        prepared = self.context.prepare(asked(batch, self.info), train=False)
         with self.context.autocast():
             return self.strategy.predict(prepared)
 

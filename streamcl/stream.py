@@ -235,6 +235,12 @@ class StreamInfo:
     licence: str = "unknown"
     class_names: tuple[str, ...] = ()  # in order of arrival, as far as known
     threshold: float = 0.5  # multi-label: the probability from which a label counts as given
+    told: tuple[str, ...] = ("choices", "missing")  # what of a test batch's `extra` is told to `predict`: the rest may hold the answer
+
+
+def asked(batch: Batch, info: StreamInfo) -> Batch:
+    """A test batch as it is put to a strategy: without its targets, and without what else may tell them."""
+    return batch.replace(target=None, extra={name: batch.extra[name] for name in info.told if name in batch.extra})
 
 
 @dataclass

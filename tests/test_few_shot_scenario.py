@@ -21,7 +21,7 @@ def test_sixty_classes_and_eight_sessions_of_five_ways_and_five_shots() -> None:
     tasks = list(scenario)
     assert len(tasks) == 9 and scenario.info.tasks == 9 and scenario.info.classes == 100
     assert list(scenario.info.class_names) == [f"c{number}" for number in range(100)], "the order of the source, as published"
-    assert scenario.info.metrics == ("accuracy", "harmonic_mean", "base_accuracy", "new_accuracy")
+    assert scenario.info.metrics == ("accuracy", "harmonic_mean", "base_accuracy", "new_accuracy", "base_as_new", "new_as_base")
     assert len(tasks[0].train) == 60 * 12 and (tasks[0].shots, tasks[0].ways, tasks[0].base) == (None, 60, True)
     assert tasks[0].name.startswith("base: c0") and tasks[3].name == "session 3: c70, c71, c72, c73, c74"
     for session, task in enumerate(tasks):

@@ -164,3 +164,15 @@ def test_a_run_of_other_targets_can_be_scored_again_asked_and_not_fed(scenario: 
     }
     inputs |= {name: ["one", "two", "three"] for name, m in learned.info.modalities.items() if m.kind == "text"}
     assert [type(one) for one in learned.predict(inputs)] == [answer] * 3
+
+
+def test_predict_is_not_told_what_would_tell_it_the_answer(tmp_path: Path) -> None:
+    (tmp_path / "nosy.py").write_text(
+        "from streamcl.strategy import GradientStrategy\n\n\n"
+        "class Nosy(GradientStrategy):\n"
+        "    def predict(self, batch):\n"
+        "        assert batch.target is None and not batch.extra, sorted(batch.extra)\n"
+        "        return super().predict(batch)\n"
+    )
+    scenes = {"name": "multi_label", "data": {"name": "digit_scenes", "scenes": 60, "test_scenes": 30}, "increment": 5}
+    running.run(small_run(f"{tmp_path}/nosy.py:Nosy", scenario=scenes, memory={"exemplars": 0}, log=[]))

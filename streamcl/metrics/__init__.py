@@ -83,6 +83,8 @@ METRICS: dict[str, Entry] = {
     "base_accuracy": Entry("classes", "BaseAccuracy", ("class",)),
     "new_accuracy": Entry("classes", "NewAccuracy", ("class",)),
     "harmonic_mean": Entry("classes", "HarmonicMean", ("class",)),
+    "base_as_new": Entry("classes", "BaseAsNew", ("class",), lower=True),
+    "new_as_base": Entry("classes", "NewAsBase", ("class",), lower=True),
     "map": Entry("labels", "MeanAveragePrecision", ("labels",), by_class=True),
     "cf1": Entry("labels", "ClassF1", ("labels",), by_class=True),
     "macro_f1": Entry("labels", "MacroF1", ("labels",), by_class=True),

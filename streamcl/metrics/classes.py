@@ -75,6 +75,42 @@ class HarmonicMean(Accuracy):
         return Score(2 * base * new / (base + new) if base + new else 0.0)
 
 
+class _Confusion(Accuracy):
+    """The share of some classes' samples that are taken for others: `counts` are samples of base and new classes, by what they were
+    taken for."""
+
+    row = 0
+
+    def __init__(self, room: Room, **settings: Any) -> None:
+        super().__init__(Room(2, room.arrived, room.threshold), **settings)
+        first = room.arrived.get(min(room.arrived, default=0), ())
+        self.new = torch.ones(max(room.classes, 1), dtype=torch.bool)
+        self.new[[c for c in first if c < len(self.new)]] = False
+
+    def update(self, answer: Answer) -> None:
+        scores, target = answer.scores, answer.target
+        assert scores is not None
+        best, label = scores.max(dim=1)
+        known = best.isfinite()
+        new = torch.cat([self.new, self.new.new_ones(max(0, scores.shape[1] - len(self.new)))]).to(scores.device)  # predicted, never tested
+        pairs = new[target[known]].long() * 2 + new[label[known]].long()
+        self.counts += pairs.bincount(minlength=4).reshape(2, 2).to(self.counts.device)
+
+    def compute(self) -> Score:
+        taken, samples = int(self.counts[self.row, 1 - self.row]), int(self.counts[self.row].sum())
+        return Score(taken / samples if samples else None)
+
+
+class BaseAsNew(_Confusion):
+    """The share of the first task's classes' samples that are taken for later classes."""
+
+
+class NewAsBase(_Confusion):
+    """The share of later classes' samples that are taken for classes of the first task."""
+
+    row = 1
+
+
 def total(available: Callable[[], bool], device: torch.device | str) -> SumMetric:
     """A running sum over all processes."""
     metric = SumMetric(distributed_available_fn=available)
