@@ -22,7 +22,7 @@ from streamcl.checkpoint import Checkpoints, fingerprint, tree_bytes
 from streamcl.config import EngineConfig, EvaluateConfig
 from streamcl.context import TICK, Context
 from streamcl.contracts import Memory
-from streamcl.data import Subset
+from streamcl.data import ArrayDataset, Subset
 from streamcl.errors import ConfigError, DataError, DiskError, Interrupted, PluginError, StreamclError, TrainingError
 from streamcl.evaluation import Evaluation
 from streamcl.events import Events, Sink
@@ -242,13 +242,13 @@ class Engine:
         task = self._without_forgotten(task)
         if hasattr(task.train, "__len__") and len(task.train) == 0:
             raise DataError(f"task {task.index + 1} ({task.name}) has no sample to learn from")
-        self.context.earlier = list(self.tasks)
+        self.context.earlier = [] if self.info.test_time else list(self.tasks)
         self.tasks.append(task)
         return task
 
     def _without_forgotten(self, task: Task) -> Task:
         parts: dict[str, Any] = {}
-        for name in ("train", "validation") if len(self.forgotten) else ():
+        for name in ("train", "validation") if len(self.forgotten) and not self.info.test_time else ():
             data = getattr(task, name)
             if data is not None and hasattr(data, "ids") and bool((gone := torch.isin(data.ids, self.forgotten)).any()):
                 parts[name] = Subset(data, (~gone).nonzero().squeeze(1))
@@ -256,7 +256,7 @@ class Engine:
 
     def _learn(self, task: Task) -> None:
         context = self.context
-        context.begin(task, self.resumed_passes.pop(task.index, {}))
+        context.begin(_blind(task) if self.info.test_time else task, self.resumed_passes.pop(task.index, {}))
         self.events.emit(
             "task_started",
             task=task.index,
@@ -288,6 +288,8 @@ class Engine:
 
     def _score(self, task: Task) -> None:
         self._account(None)
+        if self.info.test_time and self.context.task is None:  # stopped while it was served, it is served from its beginning
+            self.context.begin(_blind(task), {})
         for part in ("test", "validation"):
             columns = self._columns(task, part)
             if columns or part == "test":
@@ -666,6 +668,13 @@ class Engine:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _blind(task: Task) -> Task:
+    """What a strategy may know of a segment that is served to it: its number, and how many samples come at once."""
+    nothing = ArrayDataset({}, torch.empty(0, dtype=torch.int64))
+    about = {"batch": task.about["batch"]} if "batch" in task.about else {}
+    return Task(task.index, f"segment {task.index + 1}", nothing, (), task.seen, (), names=task.names, about=about)
 
 
 def _precision(asked: str, device: torch.device) -> str:

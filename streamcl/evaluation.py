@@ -48,10 +48,12 @@ DEFINITIONS = {
     "(n[k+1] - n[k]) (a[k] + a[k+1]) / 2, over n[last] - n[first]. i-Blurry takes the plain mean of a[k].",
     "per_class": "matrix[i][c]: the share of the samples of class c that were right after task i, over the union of the test sets of tasks "
     "0..i; null where there was no sample. The classes' own names stand under `classes`, by the number of their arrival.",
-    "per_domain": "The metric on the union of the test sets of each domain among tasks 0..T-1, when it was last scored: after the last "
-    "task, or as it was served where the stream is a test-time one.",
+    "per_domain": "The metric on the union of the test sets of each domain among tasks 0..T-1, after the last task.",
     "metrics": "The same keys for each further metric of the stream; a figure that the strategy measures itself has per_task, its mean and "
     "its last value.",
+    "served": "Of a test-time stream S[i] is the score of segment i alone, as it was answered; final is the mean over the segments, every "
+    "sample weighing the same, and so is each entry of per_domain over the segments of that domain. Figures that compare a segment with "
+    "another, forgetting above all, do not apply.",
     "protocols": "The same keys under each protocol. class_incremental: the decision is among all classes seen so far. task_incremental: "
     "only among the classes of the sample's own task, which is told. The two are not comparable.",
     "heads": "The same keys for each second opinion of the strategy, from the same predictions.",
@@ -148,7 +150,7 @@ class Evaluation:
                 f"evaluate.protocols: task_incremental decides among the classes of a sample's own task, and the target of this stream is "
                 f"{info.target}: set evaluate.protocols=[class_incremental]"
             )
-        self.target, self.threshold = info.target, info.threshold
+        self.target, self.threshold, self.served = info.target, info.threshold, info.test_time
         self.batch, self.rank, self.world, self.device = batch, rank, world, device
         self._class_names = dict(enumerate(info.class_names))
         self._tasks: dict[int, dict[str, Any]] = {}
@@ -260,6 +262,8 @@ class Evaluation:
                 tally[key] = METRICS[key[2]].load()(room, **settings).to(self.device)
             return tally[key]
 
+        arriving = all(task.classes for task, _ in columns)  # else a column is a task's own samples, by whatever metric
+        by_class = {name for name in self.metrics if name in METRICS and METRICS[name].by_class and arriving}
         needed = {METRICS[name].reads for name in self.metrics if name in METRICS}
         heads = {DECISION}
         for task, dataset in columns:
@@ -281,9 +285,9 @@ class Evaluation:
                             not_finite.update(bad.to(self.device))
                     for protocol in self.protocols:
                         offered = scores if scores is None or protocol == "class_incremental" else _only(scores, own)
-                        answer = Answer(batch, offered, prediction.texts, prediction.embeddings)
+                        answer = Answer(batch, offered, prediction.texts, prediction.embeddings, prediction.threshold)
                         for name, place in itertools.product(self.metrics, _places(task, upto)):
-                            if place == "seen" or not METRICS[name].by_class:
+                            if not place.startswith("column") or name not in by_class:
                                 metric(protocol, head, name, place).update(answer)
                         for domain, part in _domains(task, upto, answer):
                             for name in self.metrics:
@@ -315,9 +319,8 @@ class Evaluation:
         for protocol, head, name in itertools.product(self.protocols, sorted(heads), self.metrics):
             row: list[float | None] = [None] * width
             seen = computed(metric(protocol, head, name, "seen"))
-            by_class = name in METRICS and METRICS[name].by_class
             for task, _ in columns:
-                if by_class:
+                if name in by_class:
                     row[task.index] = (seen.per_task or {}).get(task.index)
                 else:
                     row[task.index] = computed(metric(protocol, head, name, f"column {task.index}")).value
@@ -325,7 +328,7 @@ class Evaluation:
                 "row": row,
                 "seen": seen.value,
                 "per_class": seen.per_class,
-                "domains": {domain: computed(metric(protocol, head, name, f"domain {domain}")).value for domain in domains if not by_class},
+                "domains": {domain: computed(metric(protocol, head, name, f"domain {domain}")).value for domain in domains},
             }
         count = int(computed(not_finite))
         warning = f"{count} of {samples} samples had scores that are not finite (NaN or infinite); they count as wrong" if count else None
@@ -374,15 +377,23 @@ class Evaluation:
         baseline = self._look(self._baseline, protocol, head, name, "row") if known else None
         per_class = each("per_class")
         classes = max((len(row) for row in per_class if row), default=0)
+        domains = [row or {} for row in each("domains")]
+        summary = summarise(each("row"), each("seen"), baseline, lower=name in METRICS and METRICS[name].lower)
+        whole = {domain: value for row in domains for domain, value in row.items()}
+        if self.served and part == "test":
+            samples = [(self._tasks.get(index) or {}).get("test") or 0 for index in range(len(rows))]
+            whole = {domain: _weighted([row.get(domain) for row in domains], samples) for domain in whole}
+            nothing = dict.fromkeys(("final_task_mean", "performance_drop", "forgetting", "backward_transfer", "forward_transfer"))
+            summary |= nothing | {"final": _weighted(each("seen"), samples)}
         return {
-            **summarise(each("row"), each("seen"), baseline, lower=name in METRICS and METRICS[name].lower),
+            **summary,
             "per_class": {
                 "classes": [self._class_names.get(c, str(c)) for c in range(classes)],
                 "matrix": [[*(row or ()), *[None] * (classes - len(row or ()))] for row in per_class],
             }
             if classes
             else None,
-            "per_domain": {domain: value for domains in each("domains") for domain, value in (domains or {}).items()} or None,
+            "per_domain": whole or None,
         }
 
     def _area(self) -> float | None:
@@ -424,6 +435,12 @@ class Evaluation:
         self._figures = _with_keys(int, state["figures"])
 
 
+def _weighted(values: Sequence[float | None], samples: Sequence[int]) -> float | None:
+    """The mean of what is there, every sample weighing the same."""
+    known = [(value, count) for value, count in zip(values, samples, strict=True) if value is not None and count]
+    return math.fsum(value * count for value, count in known) / sum(count for _, count in known) if known else None
+
+
 def _with_keys(kind: type, mapping: Mapping[Any, Any]) -> dict[Any, Any]:
     """JSON knows no numbers as keys."""
     return {kind(key): value for key, value in mapping.items()}
@@ -448,7 +465,8 @@ def _domains(task: Task, upto: int, answer: Answer) -> Iterable[tuple[str, Answe
         rows = torch.tensor([place for place, other in enumerate(named) if other == domain])
         scores = None if answer.scores is None else answer.scores[rows.to(answer.scores.device)]
         texts = None if answer.texts is None else [answer.texts[place] for place in rows.tolist()]
-        yield str(domain), Answer(answer.batch[rows], scores, texts, {name: v[rows] for name, v in answer.embeddings.items()})
+        embeddings = {name: values[rows.to(values.device)] for name, values in answer.embeddings.items()}
+        yield str(domain), Answer(answer.batch[rows], scores, texts, embeddings, answer.threshold)
 
 
 def _classes(task: Task, dataset: Dataset, target: str) -> int:

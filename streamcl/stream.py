@@ -129,7 +129,7 @@ class Batch:
             torch.cat([b.ids for b in batches]),
             {
                 name: torch.cat([(b.present or {}).get(name, torch.ones_like(b.ids, dtype=torch.bool)) for b in batches])
-                for name in {name for mask in masks for name in mask}
+                for name in dict.fromkeys(name for mask in masks for name in mask)
             }
             if masks
             else None,

@@ -144,6 +144,30 @@ def test_the_matrix_of_label_sets_is_by_the_classes_of_each_task():
     assert set(result["metrics"]) == {"of1"}
 
 
+def test_where_no_task_brings_classes_the_matrix_of_label_sets_is_by_each_tasks_own_samples():
+    truth = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 1]], dtype=torch.int8)
+    scores = torch.tensor([[3.0, 0.2], [1.0, 0.1], [0.2, 0.9], [2.0, 0.3]])
+    columns = []
+    for index, rows in enumerate([[0, 1], [2, 3]]):
+        dataset = ArrayDataset({"vector": torch.tensor(rows).float()[:, None]}, truth[rows], torch.tensor(rows))
+        columns.append((Task(index, f"t{index}", dataset, (0, 1) if index == 0 else (), (0, 1), about={"domain": f"d{index}"}), dataset))
+    evaluation = Evaluation(StreamInfo({}, target="labels", metrics=("map",)))
+    evaluation.score(columns[1][0], columns, lambda batch: Prediction(scores[batch.ids]))
+    result = evaluation.scores()
+    own = [np.mean([average_precision_score(truth[rows, c], scores[rows, c]) for c in range(2)]) for rows in ([0, 1], [2, 3])]
+    assert result["matrix"][1] == pytest.approx(own) and result["per_domain"] == pytest.approx(dict(zip(("d0", "d1"), own, strict=True)))
+
+
+def test_a_prediction_may_bring_its_own_threshold_and_a_class_without_a_positive_counts_zero():
+    scores, target = torch.tensor([[0.0, -9.0], [2.0, -9.0]]), torch.tensor([[1, 0], [1, 0]], dtype=torch.int8)
+    room = Room(2, {0: [0, 1]}, threshold=0.6)
+    assert computed("of1", room, answer(scores, target)).value == pytest.approx(2 / 3)
+    assert computed("of1", room, answer(scores, target, threshold=0.4)).value == 1.0
+    assert computed("macro_f1", room, answer(scores, target, threshold=0.4)).value == 0.5
+    unknown = torch.tensor([[1, -1], [1, -1]], dtype=torch.int8)
+    assert computed("macro_f1", room, answer(scores, unknown, threshold=0.4)).value == 1.0, "what is not annotated is no class here"
+
+
 def test_where_less_is_better_the_signs_are_turned():
     rows = [[1.0, None], [2.5, 0.5]]
     worse, same = summarise(rows, [1.0, 2.0], lower=True), summarise(rows, [1.0, 2.0])

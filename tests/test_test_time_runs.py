@@ -32,6 +32,8 @@ class Counts(Strategy):
 
     def adapt(self, batch):
         assert batch.target is None and not batch.extra, "nothing but the samples"
+        told = self.context.task
+        assert not self.context.earlier and len(told.train) == 0 and told.name.startswith("segment") and set(told.about) == {"batch"}
         with torch.no_grad():
             scores = self.model(batch) + 0.01 * self.served
         self.served += torch.bincount(scores.argmax(dim=1), minlength=len(self.served))
@@ -57,6 +59,7 @@ def test_the_scores_are_those_of_what_was_answered_in_the_order_of_the_stream(co
     assert [[value is not None for value in row] for row in scores["matrix"]] == [[i == j for j in range(3)] for i in range(3)]
     assert scores["samples_seen"] == 300 and list(scores["per_domain"]) == ["contrast", "fog", "jpeg_compression"]
     assert list(scores["per_domain"].values()) == [scores["matrix"][i][i] for i in range(3)] == scores["per_task"]
+    assert scores["final"] == pytest.approx(sum(scores["per_task"]) / 3) and scores["forgetting"] is None, "of the stream as a whole"
 
     engine = running.build(running.as_config(config), None, log=[])
     served = torch.zeros(10)
@@ -89,6 +92,15 @@ def test_a_stream_stopped_while_it_is_served_resumes_to_the_same_scores(
             running.run(config, out=tmp_path / "stopped")
     assert served == stop
     assert comparable(running.resume(tmp_path / "stopped")) == comparable(whole)
+
+
+def test_a_domain_that_comes_back_is_scored_over_all_its_segments(config: dict[str, Any]) -> None:
+    config["scenario"] = {**config["scenario"], "corruptions": ["contrast"], "shift": "gradual", "severity": [1, 5]}
+    scores = running.run({**config, "strategy": "source", "log": []})
+    assert len(scores["per_task"]) == 2 and scores["per_domain"] == {
+        "contrast": pytest.approx(sum(scores["per_task"]) / len(scores["per_task"]))
+    }
+    assert min(scores["per_task"]) < scores["final"] < max(scores["per_task"])
 
 
 def test_a_mixed_stream_is_scored_by_the_domain_of_each_sample(config: dict[str, Any]) -> None:

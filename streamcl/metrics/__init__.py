@@ -47,6 +47,7 @@ class Answer:
     scores: Tensor | None = None
     texts: Sequence[str] | None = None
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    threshold: float | None = None  # of this prediction, where it is not the stream's
 
     @property
     def target(self) -> Tensor:

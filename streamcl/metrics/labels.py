@@ -81,63 +81,70 @@ def average_precision(scores: Tensor, target: Tensor) -> float | None:
 
 
 class _F1(torchmetrics.Metric):
-    """Counts of labels that were given rightly, given, and true, by class; a label is given from `room.threshold` up."""
+    """Counts of labels that were given rightly, given, true, and annotated, by class.
 
-    counts: Tensor  # (3, classes)
+    A label is given above the prediction's threshold, or above `room.threshold` where it names none.
+    """
+
+    counts: Tensor  # (4, classes)
 
     def __init__(self, room: Room, **settings: Any) -> None:
         super().__init__(**settings)
         self.room = room
-        odds = room.threshold / (1 - room.threshold) if room.threshold < 1 else math.inf
-        self.above = math.log(odds) if odds > 0 else -math.inf
-        self.add_state("counts", torch.zeros(3, room.classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(4, room.classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, answer: Answer) -> None:
         scores, target = _checked(answer, "F1")
-        given, true, known = scores > self.above, target == 1, target >= 0
-        counted = torch.stack([(given & true).sum(0), (given & known).sum(0), true.sum(0)])
+        above = _logit(self.room.threshold if answer.threshold is None else answer.threshold)
+        given, true, known = scores > above, target == 1, target >= 0
+        counted = torch.stack([(given & true).sum(0), (given & known).sum(0), true.sum(0), known.sum(0)])
         self.counts[:, : counted.shape[1]] += counted.to(self.counts.device)
 
     def compute(self) -> Score:
-        per_class: list[float | None] = [
-            2 * right / (given + true) if given + true else None for right, given, true in self.counts.T.tolist()
-        ]
+        rows = self.counts.T.tolist()
+        per_class: list[float | None] = [2 * right / (given + true) if given + true else None for right, given, true, _ in rows]
         per_task = {task: self.of(classes) for task, classes in self.room.arrived.items()}
         return Score(self.of(range(self.room.classes)), per_class, per_task)
 
     def of(self, classes: Sequence[int]) -> float | None:
         raise NotImplementedError
 
-    def _parts(self, classes: Sequence[int]) -> list[tuple[int, int, int]]:
-        """The counts of the classes that occur."""
+    def _parts(self, classes: Sequence[int]) -> list[tuple[int, int, int, int]]:
+        """The counts of the classes that are annotated anywhere."""
         rows = self.counts.T.tolist()
-        return [tuple(rows[c]) for c in classes if c < len(rows) and rows[c][2]]
+        return [tuple(rows[c]) for c in classes if c < len(rows) and rows[c][3]]
+
+
+def _logit(threshold: float) -> float:
+    if threshold <= 0:
+        return -math.inf
+    return math.log(threshold / (1 - threshold)) if threshold < 1 else math.inf
 
 
 class ClassF1(_F1):
-    """CF1: the F1 of the mean precision and the mean recall over the classes that occur."""
+    """CF1: the F1 of the mean precision and the mean recall over the classes that have a positive."""
 
     def of(self, classes: Sequence[int]) -> float | None:
-        parts = self._parts(classes)
+        parts = [part for part in self._parts(classes) if part[2]]
         if not parts:
             return None
-        precision = math.fsum(right / given if given else 0.0 for right, given, _ in parts) / len(parts)
-        recall = math.fsum(right / true for right, _, true in parts) / len(parts)
+        precision = math.fsum(right / given if given else 0.0 for right, given, _, _ in parts) / len(parts)
+        recall = math.fsum(right / true for right, _, true, _ in parts) / len(parts)
         return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 class MacroF1(_F1):
-    """The mean over the classes that occur of their F1: what KRT and its successors report as CF1."""
+    """The mean over the classes of their F1, 0 for a class without a label given rightly: what KRT and its successors report as CF1."""
 
     def of(self, classes: Sequence[int]) -> float | None:
         parts = self._parts(classes)
-        return math.fsum(2 * right / (given + true) for right, given, true in parts) / len(parts) if parts else None
+        return math.fsum(2 * right / max(given + true, 1) for right, given, true, _ in parts) / len(parts) if parts else None
 
 
 class OverallF1(_F1):
     """OF1: the F1 of all labels of all classes together."""
 
     def of(self, classes: Sequence[int]) -> float | None:
-        rows = self.counts.T.tolist()
-        right, given, true = (sum(rows[c][part] for c in classes if c < len(rows)) for part in range(3))
+        parts = self._parts(classes)
+        right, given, true = (sum(part[place] for part in parts) for place in range(3))
         return 2 * right / (given + true) if true else None
