@@ -34,7 +34,7 @@ from streamcl.processes import Processes
 from streamcl.run_folder import RunFolder, environment
 from streamcl.seeding import random_state, restore_random, seed_everything
 from streamcl.strategy import Strategy
-from streamcl.stream import Batch, Dataset, Prediction, Scenario, Task, asked
+from streamcl.stream import Batch, Dataset, Prediction, Scenario, StreamInfo, Task, asked
 from streamcl.writing import DISK_TROUBLE, disk_error
 
 CHANGED = "has changed since the run last used it"  # of a plug-in in a person's own file
@@ -80,7 +80,13 @@ class Engine:
         self.info = scenario.open(seed)
         model.build(self.info)
         if weights is not None:  # the backbone's first weights, where it does not start from its own
-            model.load_state_dict(weights)
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"the model was trained before on data of another form than this stream's ({_form(self.info)}): "
+                    f"{' '.join(str(error).split())}. Let model.pretrain.scenario.data, or the run that model.run names, have the same form"
+                ) from None
             model.origin = None
         self.model = Model(model).to(self.device)
         if self.processes.world > 1 and self.device.type == "cuda":  # statistics of the whole batch, as on one process
@@ -151,6 +157,11 @@ class Engine:
         self.changed: dict[str, dict[str, Any]] = {}  # the plug-ins that are not what files.json says, and what it is to say
         self._figures: dict[str, list[float]] = {}
         self._measures = type(strategy).measure is not Strategy.measure
+        if strategy.targets and self.info.target not in strategy.targets:
+            raise ConfigError(
+                f"{_plugin_name(strategy)} learns {' or '.join(strategy.targets)}, and the target of this stream is {self.info.target}: "
+                "take another strategy (streamcl list strategies); streamcl show CONFIG --picture draws the stream in any case"
+            )
         if strategy.needs_exemplars:
             _check_exemplars(self.memory, _plugin_name(strategy), self.info.classes)
         strategy.start(self.info, self.context)
@@ -256,6 +267,10 @@ class Engine:
 
     def _learn(self, task: Task) -> None:
         context = self.context
+        if self.scenario.validation and task.index == 0 and task.validation is None:
+            raise ConfigError(
+                f"scenario.validation is {self.scenario.validation:g}, and this scenario holds nothing out of its first task: leave it out"
+            )
         context.begin(_blind(task) if self.info.test_time else task, self.resumed_passes.pop(task.index, {}))
         self.events.emit(
             "task_started",
@@ -668,6 +683,10 @@ class Engine:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _form(info: StreamInfo) -> str:
+    return ", ".join(f"{name} {' x '.join(map(str, m.shape)) or m.kind}" for name, m in info.modalities.items())
 
 
 def _blind(task: Task) -> Task:

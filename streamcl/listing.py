@@ -256,6 +256,7 @@ def check(config_name: str, overrides: Sequence[str] = ()) -> str:
 
     settings = config.load(config_name, overrides)
     raise_together(problems(settings))
+    raise_together(contradictions(settings))
     counted: dict[str, list[str]] = {}
     for spec in plugin_specs(settings):
         names = counted.setdefault(spec.kind, [])
@@ -296,6 +297,18 @@ def problems(settings: RunConfig) -> list[StreamclError]:
     if run is not None and not (Path(run) / "status.json").is_file():
         found.append(ConfigError(f"model.run: {run} is no run: it holds no status.json"))
     return [*found, *_too_many(settings), *_no_device(settings.engine.device)]
+
+
+def contradictions(settings: RunConfig) -> list[StreamclError]:
+    """What the plug-ins themselves refuse when they are made: options that cannot be together. Nothing is read."""
+    found: list[StreamclError] = []
+    for spec in (settings.scenario, settings.strategy, settings.memory, settings.model.backbone):
+        try:
+            if spec is not None:
+                spec.build()
+        except StreamclError as error:
+            found.append(error)
+    return found
 
 
 def misnamed(settings: RunConfig) -> list[str]:

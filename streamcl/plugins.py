@@ -532,8 +532,9 @@ class PluginSpec:
         try:
             return loaded(**parameters)
         except (ValueError, ConfigError) as error:
-            place = self._typed(str(error))
-            raise ConfigError(f"{place}: {self.kind} {self.name}: {error}" if place else f"{what}: {error}") from error
+            message = str(error).removeprefix(f"{self.name}: ")
+            place = self._typed(message) or self._position(message)
+            raise ConfigError(f"{place}: {self.kind} {self.name}: {message}" if place else f"{what}: {message}") from error
         except StreamclError:
             raise
         except Exception as error:
@@ -544,6 +545,11 @@ class PluginSpec:
         typed = {option: place for option, place in self.positions.items() if place.startswith("command line: ")}
         named = [(found.start(), option) for option in typed if (found := re.search(rf"\b{re.escape(option)}\b", message))]
         return typed[min(named)[1]] if named else ""
+
+    def _position(self, message: str) -> str:
+        """Where the first option that a message begins with was given: with `extends` that may be another file than the plug-in's name."""
+        first = re.match(r"\w+", message)
+        return self.positions.get(first[0], "") if first else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as YAML holds them, with every option."""

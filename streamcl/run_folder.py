@@ -9,8 +9,8 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -80,7 +80,7 @@ class RunFolder:
         for made in self.made:
             if any(made.iterdir()):
                 if (stream := made / "stream").is_dir():
-                    warnings.warn(f"what the live stream took in is kept in {stream}: name it as scenario.spool to learn it", stacklevel=2)
+                    print(f"what the live stream took in is kept in {stream}: name it as scenario.spool to learn it", file=sys.stderr)
                 break
             made.rmdir()
 

@@ -33,6 +33,7 @@ class Strategy(ABC):
     selection: ClassVar[str | None] = None  # the policy by which it likes its exemplars kept, unless the YAML names one
     processes: ClassVar[bool] = False  # it has shown that several processes give the result of one
     needs_exemplars: bool = False  # it cannot run with an empty memory
+    targets: ClassVar[tuple[str, ...]] = ()  # the kinds of target that it learns (class, labels, value, mask, text, image); () for any
     predicts_with: ClassVar[
         tuple[str, ...]
     ] = ()  # attributes (tensors, never samples) that `predict` needs beside the model and the memory
@@ -78,8 +79,11 @@ class Term:
     Its hooks run when the strategy's of the same name do.
     It overrides the hooks that it needs. `loss` adds to the strategy's; `strategy.logits` and `strategy.features` hold what the
     model gave for the batch, so a term needs no forward pass of its own. A term that sets `criterion` replaces the strategy's.
+
+    Where the YAML names a term as the strategy itself, fine-tuning carries it, with the options of `alone` (a literal) that are not given.
     """
 
+    alone: ClassVar[Mapping[str, Any]] = {}
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def start(self, strategy: GradientStrategy) -> None:
@@ -122,6 +126,7 @@ class GradientStrategy(Strategy):
     """
 
     fills_memory: ClassVar[bool] = False
+    targets = ("class", "labels", "value", "mask")
 
     def __init__(
         self,
@@ -190,11 +195,6 @@ class GradientStrategy(Strategy):
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
-        if info.test_time:
-            raise ConfigError(
-                f"{type(self).__name__} learns from labels, and this stream serves samples without any: a strategy that adapts to what it "
-                "serves is needed"
-            )
         longest = max(self.epochs, self.stages.first.epochs or 0, self.stages.later.epochs or 0)
         if info.passes is not None and longest > info.passes:
             raise ConfigError(
@@ -202,9 +202,7 @@ class GradientStrategy(Strategy):
             )
         for term in self.terms:
             term.start(self)
-        usual = CRITERIA.get(info.target)
-        if usual is None:
-            raise ConfigError(f"{type(self).__name__} learns {', '.join(CRITERIA)}, and the target of this stream is {info.target}")
+        usual = CRITERIA[info.target]
         self.criterion: Callable[..., Tensor] = next((t.criterion for t in self.terms if t.criterion), usual)
         overriding = {
             hook: [getattr(t, hook) for t in self.terms if _overrides(t, Term, hook)] for hook in ("loss", "after_backward", "after_step")

@@ -266,14 +266,14 @@ def test_a_plugin_that_cannot_be_read_is_named_and_spoils_no_list(monkeypatch: p
     assert listing.listing("sinks").splitlines()[-2:] == ["left out, because they cannot be read:", "  sink.py:1: this is not Python"]
 
 
-def test_list_and_check_import_no_torch() -> None:
+def test_list_and_show_import_no_torch() -> None:
     code = (
         "import sys; from streamcl.cli import main\n"
         "def loaded(*words):\n"
         "    sys.argv = ['streamcl', *words]\n"
         "    try: main()\n"
         "    except SystemExit: print(*sorted({'torch', 'pydantic', 'rich'} & sys.modules.keys()), file=sys.stderr)\n"
-        "loaded('list'); loaded('check', 'quickstart'); loaded('show', 'icarl')"
+        "loaded('list'); loaded('show', 'quickstart'); loaded('show', 'icarl')"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stderr.splitlines() == ["", "pydantic", "pydantic"]
@@ -342,6 +342,27 @@ def test_check_names_what_a_run_would_use_and_under_which_licences(streamcl: Cal
     assert code == 0 and out.startswith("config.yaml is in order\n")
     assert "licence of source digits: CC BY 4.0" in out and "licence of backbone mlp: Apache-2.0" in out
     assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("scenario", "message"),
+    [
+        ({"tasks": 3, "increment": 5}, "tasks and increment contradict each other"),
+        ({"validation": 1.5, "tasks": 2}, "validation is 1.5"),
+        ({"name": "domain_incremental", "by": "speaker", "shift": "rotate"}, "give either by .* or shift"),
+        ({"name": "missing_modality", "missing": [{"audio": 1.0, "image": 0.2}]}, "the shares add up to 1.2"),
+        ({"name": "test_time", "severity": 6}, "severity"),
+        ({"name": "test_time", "corruptions": ["fogg"]}, "did you mean 'fog'"),
+    ],
+)
+def test_check_tells_options_that_cannot_be_together(
+    scenario: dict[str, object], message: str, streamcl: Callable[..., Answer], tmp_path: Path
+) -> None:
+    write(tmp_path / "wrong.yaml", scenario={"name": "class_incremental", "data": "digits", **scenario})
+    code, _, err = streamcl("check", "wrong.yaml")
+    assert code == 2 and re.search(message, err) and err.count("\n") == 1
+    name = scenario.get("name", "class_incremental")
+    assert err.startswith("streamcl: wrong.yaml:") and err.count(f"{name}:") <= 1
 
 
 def test_check_tells_all_that_is_missing_at_once(streamcl: Callable[..., Answer], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import wave
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,9 @@ class Encoded:
         except DataError:
             raise
         except Exception as error:  # broken bytes make Pillow raise nearly anything
-            raise Undecodable(f"{self.where(row)}: this is no {self.kind} that can be read: {error}") from None
+            told = re.sub(r" *<_io\.\w+ object at 0x[0-9a-f]+>", "", str(error)) or "it ends too early"
+            left = "; on_error: skip leaves such records out"
+            raise Undecodable(f"{self.where(row)}: this is no {self.kind} that can be read: {told}{left}") from None
         if not self.shape:
             self.shape = decoded.shape
         elif decoded.shape != self.shape:
@@ -123,7 +126,10 @@ class Encoded:
             if file.getsampwidth() != 2:
                 raise ValueError(f"it has {8 * file.getsampwidth()} bits per sample and only 16-bit PCM is read")
             rate, channels = file.getframerate(), file.getnchannels()
-            samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").astype(np.float32) / 32768
+            frames = file.readframes(file.getnframes())
+            if len(frames) < file.getnframes() * channels * 2:
+                raise ValueError(f"it ends after {len(frames) // (2 * channels)} of the {file.getnframes()} samples that it announces")
+            samples = np.frombuffer(frames, dtype="<i2").astype(np.float32) / 32768
         if self.rate and rate != self.rate:
             raise DataError(f"{self.where(row)}: this sound has {rate} samples per second and the others have {self.rate}: resample them")
         self.rate = rate
@@ -141,7 +147,8 @@ def _image(data: bytes | Image, size: int | None) -> np.ndarray:
     image = pillow.open(io.BytesIO(data)) if isinstance(data, bytes) else data
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"it has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    ImageOps.exif_transpose(image, in_place=True)
+    upright = image if image.mode == "RGB" else image.convert("RGB")  # which copies, as exif_transpose would
     if size is not None and upright.size != (size, size):
         upright = ImageOps.fit(upright, (size, size), method=pillow.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(upright).transpose(2, 0, 1))

@@ -33,6 +33,7 @@ from streamcl.stream import Batch, Prediction, StreamInfo, Task
 
 
 class GACIL(Strategy):
+    targets = ("class",)
     processes = True
     predicts_with = ("expansion",)
 

@@ -32,6 +32,7 @@ from streamcl.stream import Batch, Dataset, Prediction, StreamInfo, Task
 
 
 class ICaRL(GradientStrategy):
+    targets = ("class",)
     selection = "herding"
     needs_exemplars = True
     fills_memory = True
