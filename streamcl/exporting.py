@@ -93,6 +93,7 @@ def _write(learned: Learned, settings: RunConfig, made_of: dict[str, Any], folde
         "format": FORMAT,
         "version": __version__,
         "classes": learned.classes,
+        "features": learned.model.backbone.dim,
         **made_of,
         "preprocessing": [_plain_transform(transform) for transform in learned.transforms.get("test", ())],
         "stream": {**plain_info(learned.info), "class_names": learned.classes, "classes": len(learned.classes)},
@@ -233,7 +234,7 @@ def read(folder: str | Path, device: str = "auto", own_files: Mapping[str, str] 
             device=where,
             precision=precision_on(where, about["precision"]),
         )
-        learned.model.head.resize(len(tensors["head.weight"]))
+        learned.model.resize(len(tensors["head.weight"]), about.get("features", learned.model.backbone.dim))
     missing, unexpected = learned.model.load_state_dict(tensors, strict=False)
     lacking = [name for name in missing if not (own_format and name.startswith("backbone."))]
     if lacking or unexpected:
@@ -284,6 +285,9 @@ class _Recalled:
 class _Means:
     known: Tensor
     vectors: Tensor | None
+
+    def configure(self, covariance: str = "none", per_class: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        """A strategy asks for this when it starts; what it would learn with is not here."""
 
     def labels(self) -> Tensor:
         return self.known

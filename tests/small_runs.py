@@ -15,6 +15,14 @@ QUICK: dict[str, dict[str, Any]] = {
     "er": {"strategy": {"epochs": 3}},
     "icarl": {"strategy": {"epochs": 2, "batch": 32}, "memory": {"exemplars": 60}},
     "gacil": {"strategy": {"buffer": 100}, "model": {"backbone": "identity"}},
+    "ranpac": {"strategy": {"M": 100}, "model": {"backbone": "identity"}},
+    "slda": {"model": {"backbone": "identity"}},
+    "simplecil": {"model": {"backbone": "identity"}},
+    "fecam": {"model": {"backbone": "identity"}},
+    "bic": {"strategy": {"epochs": 2, "batch": 32}},
+    "memo": {"strategy": {"epochs": 2, "batch": 32}},
+    "derpp": {"strategy": {"epochs": 2}},
+    "er_ace": {"strategy": {"epochs": 2}},
 }
 TEST_TIME: dict[str, Any] = {
     "scenario": {

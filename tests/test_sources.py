@@ -142,7 +142,20 @@ def test_an_error_in_a_worker_is_one_sentence(tmp_path):
     data = Parquet(path=path, decode="lazy", workers=2).load()
     with pytest.raises(DataError) as caught:
         list(data.train.batches(2))
-    assert str(caught.value) == f"{path}, row 5: this is no image that can be read: it is empty"
+    told = "this is no image that can be read: it is empty; on_error: skip leaves such records out"
+    assert str(caught.value) == f"{path}, row 5: {told}"
+
+
+def test_a_sound_that_ends_before_its_header_says_is_no_sound(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+    encoded = sound(np.zeros(8000, dtype="<i2"))
+    (tmp_path / "a" / "whole.wav").write_bytes(encoded)
+    (tmp_path / "b" / "cut.wav").write_bytes(encoded[:3000])
+    with pytest.raises(DataError, match=r"cut\.wav: .* it ends after 1478 of the 8000 samples that it announces; on_error: skip"):
+        Folder(path=tmp_path, test_fraction=0.0, decode="eager").load()
+    kept = Folder(path=tmp_path, on_error="skip").load()
+    assert kept.problems == {"audio that does not decode": 1} and len(kept.train) == 1
 
 
 def test_images_of_several_sizes_need_a_size(tmp_path):

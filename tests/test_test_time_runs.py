@@ -50,6 +50,7 @@ class Counts(Strategy):
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("STREAMCL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "counts.py").write_text(ADAPTS)
     return small_run("source", strategy={"name": f"{tmp_path}/counts.py:Counts"})
 
@@ -187,4 +188,4 @@ def test_predict_is_not_told_what_would_tell_it_the_answer(tmp_path: Path) -> No
         "        return super().predict(batch)\n"
     )
     scenes = {"name": "multi_label", "data": {"name": "digit_scenes", "scenes": 60, "test_scenes": 30}, "increment": 5}
-    running.run(small_run(f"{tmp_path}/nosy.py:Nosy", scenario=scenes, memory={"exemplars": 0}, log=[]))
+    running.run(small_run(f"{tmp_path}/nosy.py:Nosy", scenario=scenes, memory={"exemplars": 0}, log=[]), out=tmp_path / "run")
