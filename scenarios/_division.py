@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamcl.data import split_by_class
 from streamcl.errors import ConfigError, DataError
 from streamcl.options import PositiveInt
 from streamcl.plugins import near_name
+from streamcl.seeding import generator
 from streamcl.stream import Scenario, Source, SourceData
 
 
@@ -102,8 +104,8 @@ class DividedByClass(Scenario):
         return [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)], strict=True)]
 
 
-def arranged(names: Sequence[str], order: str | list[str | int], seed: int, kind: str) -> list[int]:
-    """The classes in the order of their arrival, as the source numbers them.
+def arranged(names: Sequence[str], order: str | list[str | int], seed: int, kind: str, what: str = "class") -> list[int]:
+    """The classes (or `what` there is) in the order of their arrival, as the source numbers them.
 
     The seed's permutation is that of NumPy's legacy generator, whose stream is frozen: PyCIL, PILOT and FACIL use the same.
     """
@@ -114,11 +116,11 @@ def arranged(names: Sequence[str], order: str | list[str | int], seed: int, kind
     if order == "alphabetical":
         return sorted(range(len(names)), key=lambda number: names[number])
     number = {name: position for position, name in enumerate(names)}
-    listed = [numbered(name, number, f"{kind}: order") for name in order]
-    refuse_repeats([names[n] for n in listed], f"{kind}: order")
+    listed = [numbered(name, number, f"{kind}: order", what) for name in order]
+    refuse_repeats([names[n] for n in listed], f"{kind}: order", what)
     if len(listed) < len(names):
         missing = [name for name in names if number[name] not in set(listed)]
-        raise ConfigError(f"{kind}: order lacks {listing(missing)}: it must list every class once")
+        raise ConfigError(f"{kind}: order lacks {listing(missing, what=what)}: it must list every {what} once")
     return listed
 
 
@@ -126,6 +128,20 @@ def by_task(task: Tensor, count: int) -> tuple[Tensor, ...]:
     """The indices of each task's samples in the order of the source; one sort for all tasks. -1 is in none."""
     counts = torch.bincount(task + 1, minlength=count + 1)
     return task.argsort(stable=True).split(counts.tolist())[1:]
+
+
+def held_back(parts: Sequence[Tensor], targets: Tensor | None, fraction: float, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The samples of each task that are trained on, and those that validation gets: of every class alike where there are `targets`.
+
+    Tasks that all see the same samples (the very same tensor) hold back the same ones, and share the answer.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for rows in parts:
+        if id(rows) not in made:
+            group = torch.zeros(len(rows), dtype=torch.int64) if targets is None else targets[rows]
+            mine, theirs = split_by_class(group, fraction, generator(seed, "validation"))
+            made[id(rows)] = rows[mine], rows[theirs]
+    return tuple(made[id(rows)][0] for rows in parts), tuple(made[id(rows)][1] for rows in parts)
 
 
 def need_training_samples(counts: Tensor, names: Sequence[str], kind: str, remedy: str = "leave the class out with `classes`") -> None:
@@ -145,18 +161,19 @@ def need_test(loaded: SourceData, kind: str) -> None:
         raise ConfigError(f"{kind}: the source has no test set: name one (test) or hold a part back (test_fraction: 0.2)")
 
 
-def numbered(name: str | int, number: dict[str, int], option: str) -> int:
+def numbered(name: str | int, number: dict[str, int], option: str, what: str = "class") -> int:
     if str(name) not in number:
-        hint = near_name(str(name), number) or f": there are {listing(list(number))}"
-        raise ConfigError(f"{option} names an unknown class {str(name)!r}{hint}")
+        hint = near_name(str(name), number) or f": there are {listing(list(number), what=what)}"
+        raise ConfigError(f"{option} names an unknown {what} {str(name)!r}{hint}")
     return number[str(name)]
 
 
-def refuse_repeats(names: Sequence[str], option: str) -> None:
+def refuse_repeats(names: Sequence[str], option: str, what: str = "class") -> None:
     if len(set(names)) < len(names):
         twice = next(name for position, name in enumerate(names) if name in names[:position])
-        raise ConfigError(f"{option} names class {twice!r} twice: every class arrives once")
+        raise ConfigError(f"{option} names {what} {twice!r} twice: every {what} arrives once")
 
 
-def listing(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)} classes)" if len(names) > most else "")
+def listing(names: Sequence[str], most: int = 8, what: str = "class") -> str:
+    several = what + ("es" if what.endswith("s") else "s")
+    return ", ".join(names[:most]) + (f", ... ({len(names)} {several})" if len(names) > most else "")

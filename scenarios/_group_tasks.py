@@ -119,11 +119,11 @@ class GroupTasks(Scenario):
         """The groups of a source that have training samples, in order."""
         assert loaded.test is not None
         names, train, test = self._grouping(loaded)
-        order = arranged(names, self.order, seed, self.kind)
+        order = arranged(names, self.order, seed, self.kind, self.fact)
         counts = torch.bincount(train, minlength=len(names))
         empty = [names[number] for number in order if not counts[number]]
         if empty:
-            raise DataError(f"{self.kind}: no training sample of {listing(empty)}: a task without one cannot be learned")
+            raise DataError(f"{self.kind}: no training sample of {listing(empty, what=self.fact)}: a task without one cannot be learned")
         arrival = torch.empty(len(names), dtype=torch.int64)
         arrival[torch.tensor(order)] = torch.arange(len(names))
         self._names = [names[number] for number in order]
@@ -134,13 +134,13 @@ class GroupTasks(Scenario):
         assert loaded.test is not None
         if self.by is None:
             if loaded.train.targets.dim() != 1 or loaded.train.targets.is_floating_point():
-                among = listing(list(loaded.groupings)) or "none"
+                among = listing(list(loaded.groupings), what="grouping") or "none"
                 raise ConfigError(
                     f"{self.kind}: the targets of this source ({loaded.target}) are no groups: name one with by; there are {among}"
                 )
             return loaded.class_names, loaded.train.targets, loaded.test.targets
         if self.by not in loaded.groupings:
-            others = f": there are {listing(list(loaded.groupings))}" if loaded.groupings else ": this source has none"
+            others = f": there are {listing(list(loaded.groupings), what='grouping')}" if loaded.groupings else ": this source has none"
             raise ConfigError(f"{self.kind}: by names an unknown grouping {self.by!r}" + (near_name(self.by, loaded.groupings) or others))
         grouping = loaded.groupings[self.by]
         if grouping.test is None:
@@ -157,7 +157,7 @@ class GroupTasks(Scenario):
                         f"{self.kind}: {name} is {_described(first)} in {labels[0]} and {_described(own)} in {label}: all sources of a "
                         "stream need the same modalities, of the same size"
                     )
-        order = arranged(labels, self.order, seed, self.kind)
+        order = arranged(labels, self.order, seed, self.kind, self.fact)
         self._names = [labels[number] for number in order]
         ids = pairs = 0
         numbered: list[tuple[Dataset, Dataset]] = []

@@ -5,9 +5,9 @@ A record is one JSON object on a line, `{"id": "a1", "label": "cat", "features":
 sub-folder is a record of the class that the folder names. Classes are numbered as they arrive.
 
 Every record is on disk, in the run's spool, before it is acknowledged, and counts once however often it is sent: an `id` that is known is
-a duplicate. Where a task ends is on disk before it is learned. So a run that is killed at any moment goes on with the same tasks: it loses
-no record that was acknowledged and learns none twice. Senders are held back while `queue` records wait to be learned. A line that is no
-record is put aside in `quarantine.jsonl` with the reason, and counted.
+a duplicate, which is counted. Where a task ends is on disk before it is learned. So a run that is killed at any moment goes on with the
+same tasks: it loses no record that was acknowledged and learns none twice. Senders are held back while `queue` records wait to be learned.
+A line that is no record, or a known id with other content, is put aside in `quarantine.jsonl` with the reason, and counted.
 
 A task ends after `count` records, after `seconds`, or where a detector of River sees what is watched change (`change`), whichever comes
 first. Each task has a new detector; the record at which it reports the change begins the next task.
@@ -40,7 +40,7 @@ from ._live.cutting import Cutter, make_detector
 from ._live.directory import Directory
 from ._live.http import Push
 from ._live.intake import PAUSE, Intake, StandardInput
-from ._live.records import Reader, modalities
+from ._live.records import AGAIN, Reader, modalities
 from ._live.samples import Shelf, Spooled, read_test_file
 from ._live.spool import Spool
 
@@ -119,7 +119,7 @@ class Live(Scenario):
         reads = {"fields": self.fields, "watch": self._reader.watch}
         self._spool = Spool(folder, queue=self.queue, holdout=self.holdout, seed=seed, reads=reads)
         self.problems = self._spool.problems
-        self._told = 0  # of the problems
+        self._told = self._told_again = 0  # of what was put aside, and of the duplicates
         self._shelf = Shelf()
         self._intakes = self._ways_in()
         self._started = False
@@ -167,7 +167,7 @@ class Live(Scenario):
         self.tell(f"live: waiting up to {self.wait:g} s for the first record, which says what the records hold (or declare it: fields)")
         while spool.shapes is None:
             self._check()
-            aside = f"; {sum(spool.problems.values())} lines were put aside in {spool.quarantine}" if spool.problems else ""
+            aside = f"; {spool.aside} lines were put aside in {spool.quarantine}" if spool.aside else ""
             if spool.ended or all(intake.done for intake in self._intakes):
                 raise DataError(f"live: the stream ended before its first good record{aside}")
             if time.monotonic() >= until:
@@ -193,6 +193,7 @@ class Live(Scenario):
             self._start()
             if self.position >= len(self._spool.cuts) and not self._next_cut():
                 break
+            self._report(duplicates=True)
             self.position += 1
             yield self.task(self.position - 1)
         self._end()
@@ -228,16 +229,21 @@ class Live(Scenario):
             _stop(self._intakes, self._spool)
             raise Interrupted("interrupted while it waited for records")
 
-    def _report(self) -> None:
-        self.problems = self._spool.problems
-        now = sum(self.problems.values())
-        if now > self._told:
-            counts = ", ".join(f"{count} x {kind}" for kind, count in self.problems.items())
+    def _report(self, duplicates: bool = False) -> None:
+        """Tell what was put aside since the last time; duplicates only where a task was cut or the stream ends, for there may be many."""
+        self.problems = problems = self._spool.problems
+        again = problems[AGAIN]
+        aside = sum(problems.values()) - again
+        if aside > self._told:
+            counts = ", ".join(f"{count} x {kind}" for kind, count in problems.items() if kind != AGAIN)
             self.tell(f"live: put aside in {self._spool.quarantine}: {counts}")
-            self._told = now
+            self._told = aside
+        if duplicates and again > self._told_again:
+            self.tell(f"live: passed over: {again} x {AGAIN}")
+            self._told_again = again
 
     def _end(self) -> None:
-        self._report()
+        self._report(duplicates=True)
         left = self._spool.learnable - sum(cut.learnable for cut in self._spool.cuts[: self.position])
         _stop(self._intakes, self._spool)
         if left:

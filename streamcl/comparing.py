@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -330,6 +330,8 @@ def picture(directories: Sequence[Path], path: Path) -> None:
     runs, _ = _read(directories)
     if not runs:
         raise RunError("none of these runs is finished: there is nothing to draw")
+    if not any(value is not None for run in runs for value in run.scores["per_task"]):
+        raise RunError("nothing was scored in these runs: there is nothing to draw. Give their streams test samples")
     found = groups(runs)
     scale = Scale((value for run in runs for value in run.scores["per_task"]), metric=runs[0].scores["metric"])
     factor = 100 if scale.percent else 1
@@ -343,6 +345,8 @@ def picture(directories: Sequence[Path], path: Path) -> None:
         length = max(len(run.scores["per_task"]) for run in group.runs)
         at = [Estimate.of(group.each(lambda run, i=i: (run.scores["per_task"][i : i + 1] or [None])[0])) for i in range(length)]  # type: ignore[misc]
         known = [(i + 1, e.mean, e.interval(*possible("final", scale)) or (e.mean, e.mean)) for i, e in enumerate(at) if e is not None]
+        if not known:
+            continue
         x, y, ends_of = (list(column) for column in zip(*known, strict=True))
         curves.plot(x, [m * factor for m in y], label=group.label, linewidth=1.6, markersize=4, **style)
         if any(low < high for low, high in ends_of):
@@ -367,13 +371,18 @@ def picture(directories: Sequence[Path], path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
+def scored(scores: Mapping[str, Any]) -> bool:
+    """Whether there is any score: a stream that gives no test samples leaves none."""
+    return any(value is not None for row in [*(scores.get("matrix") or []), scores.get("per_task") or []] for value in row)
+
+
 def matrix_cells(scores: dict[str, Any], width: int) -> tuple[str, list[str], list[list[str]], list[list[float | None]], Scale]:
     """The matrix for lines of `width`: a title, a header, the rows as text, their values without the first column, and the scale.
 
     Tenths where they fit, else whole numbers; where those do not fit either there are no rows, and the last one is in the title.
     """
     matrix, seen = scores["matrix"], scores["per_task"]
-    if not matrix:
+    if not scored(scores):
         return "nothing was scored", [], [], [], Scale([])
     columns = len(matrix[0])
     room = (width - 6) // (columns + 1)

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from streamcl.comparing import Run
+from streamcl.comparing import Run, scored
 from streamcl.evaluation import forgetting_per_task
 from streamcl.wording import LOWER, NOTHING, Scale, duration, shortened, size
 
@@ -84,7 +84,7 @@ pre { font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono
 def render(directory: Path, others: Sequence[Path] = ()) -> str:
     """The page of the run in `directory`, beside `others`. A run that did not end is shown as far as it got."""
     run, beside = Run.read(directory), [Run.read(other) for other in others]
-    everyone = [run, *(other for other in beside if other.scores.get("per_task"))]
+    everyone = [run, *(other for other in beside if scored(other.scores))]
     names = _told_apart(everyone)
     scores = run.scores
     title = f"{run.strategy} on {run.scenario}"
@@ -92,6 +92,12 @@ def render(directory: Path, others: Sequence[Path] = ()) -> str:
     count, tables = itertools.count(1), itertools.count(1)
     if not scores.get("per_task"):
         body.append("<p>Nothing was scored yet.</p>")
+    elif not scored(scores):
+        body += [
+            "<p>Nothing was scored: the stream gave no test samples, so there is no curve and no matrix to show.</p>",
+            _memory(count, everyone, names),
+            _time(count, scores),
+        ]
     else:
         scale = Scale([value for row in [*scores["matrix"], scores["per_task"]] for value in row], metric=scores["metric"])
         few = len(scores["per_task"]) <= 7  # the matrix and the curve stand side by side
@@ -153,7 +159,7 @@ def _head(run: Run) -> list[str]:
     lines = [f'<p class="facts">{escape(" · ".join(fact for fact in facts if fact))}</p>']
     if not run.finished:
         lines.append(f'<p class="state">This run is not finished ({escape(run.status)}): what follows is how far it got.</p>')
-    if scores.get("per_task"):
+    if scored(scores):
         scale = Scale(scores["per_task"], metric=scores["metric"])
         lead = [
             (f"Final {scores['metric']}", scale.score(scores["final"])),

@@ -17,6 +17,14 @@ from streamcl.stream import Column
 _TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
 _OPENED = re.compile(r"<answer>((?:(?!</?answer>).)*)\Z", re.IGNORECASE | re.DOTALL)
 _BRACES = re.compile(r"\\[fd]?box(?:ed)?\s*\{|\\.|[{}]", re.DOTALL)
+_DENIED = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|except|excluding|wrong|incorrect|false|unlikely|no|none)\b|n['’]t\b|\b(?:all|\w+thing) but\b"
+    r"|\b(?:is|are|was|were|do|does|did|ca|could|wo|would|should|must)nt\b",
+    re.IGNORECASE,
+)
+_DENIED_MARK = re.compile(r"(?:\b(?:not|never|neither|nor|except|cannot be)|n['’]t(?: be)?)[\s:$(\[*]*\Z", re.IGNORECASE)
+_LISTED_MARKS = re.compile(r"[\s$)\].*]*(?:,?\s*\b(?:or|and)\b(?:\s+(?:maybe|perhaps|possibly|also))?|[,;/&|])[\s$(\[*]*", re.IGNORECASE)
+_CLAUSE = re.compile(r"[.!?;,:\n]|\b(?:so|therefore|thus|hence|then|(?<!all )(?<!thing )but)\b", re.IGNORECASE)
 _THOUGHT = re.compile(r"</think>", re.IGNORECASE)
 
 
@@ -74,15 +82,40 @@ def marked(text: str) -> str | None:
     """What stands in the last `<answer>...</answer>`, or else in the last `\\boxed{...}` after the thinking; None without either.
 
     Of tags or boxes inside each other the inner one counts. An `<answer>` that is never closed reaches to the end of the text, because
-    generation is often stopped at the closing tag; a box that is never closed is none.
+    generation is often stopped at the closing tag; a box that is never closed is none. Two that are offered as a list ("or", a comma), and
+    one that is denied ("not"), hold no answer: "".
     """
     spoken = _spoken(text)
-    tagged = _TAGGED.findall(spoken) or _OPENED.findall(spoken)
-    inside = tagged[-1] if tagged else spoken
-    box = _boxed(inside)
-    if box is not None:
-        return box.strip()
+    tagged = list(_TAGGED.finditer(spoken)) or list(_OPENED.finditer(spoken))
+    inside = tagged[-1][1] if tagged else spoken
+    if tagged and _taken_back(spoken, [found.span() for found in tagged]):
+        return ""
+    boxes = _boxes(inside)
+    if boxes:
+        return "" if _taken_back(inside, [(start, end) for start, _, end in boxes]) else inside[boxes[-1][1] : boxes[-1][2] - 1].strip()
     return inside.strip() if tagged else None
+
+
+def denies(text: str) -> bool:
+    """Whether a text says no: not, isn't, never, neither, except, wrong."""
+    return _DENIED.search(text) is not None
+
+
+def last_clause(text: str) -> str:
+    """What was said since the last comma, full stop, "so" or "but"."""
+    start = 0
+    for found in _CLAUSE.finditer(text):
+        start = found.end()
+    return text[start:]
+
+
+def _taken_back(text: str, marks: Sequence[tuple[int, int]]) -> bool:
+    """Whether the last mark is one of a list of different ones, or is denied."""
+    (*_, (before, after)), (start, end) = [(0, 0), *marks[:-1]], marks[-1]
+    between = tidied(text[after:start])
+    if _DENIED_MARK.search(between):
+        return True
+    return len(marks) > 1 and text[before:after] != text[start:end] and _LISTED_MARKS.fullmatch(between) is not None
 
 
 def extract(text: str) -> str:
@@ -102,19 +135,20 @@ def _spoken(text: str) -> str:
     return rest if rest.strip() else text
 
 
-def _boxed(text: str) -> str | None:
-    """What the last box holds; one pass with a stack, for a response may be nothing but opened boxes."""
-    opened: list[tuple[bool, int]] = []  # whether it is a box, and where its inside begins
-    last: tuple[int, str] | None = None
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """The boxes that hold no other: where each begins, its inside begins, and it ends. One pass with a stack, for a response may be
+    nothing but opened boxes."""
+    opened: list[tuple[bool, int, int]] = []  # whether it is a box, where it begins, and its inside
+    closed: list[tuple[int, int, int]] = []
     for found in _BRACES.finditer(text):
         sign = found.group()
         if sign.endswith("{") and sign != r"\{":
-            opened.append((len(sign) > 1, found.end()))
+            opened.append((len(sign) > 1, found.start(), found.end()))
         elif sign == "}" and opened:
-            box, start = opened.pop()
-            if box and (last is None or start > last[0]):
-                last = start, text[start : found.start()]
-    return None if last is None else last[1]
+            box, start, inside = opened.pop()
+            if box and (not closed or start > closed[-1][0]):
+                closed.append((start, inside, found.end()))
+    return closed
 
 
-__all__ = ["AnswerVerifier", "Verifier", "extract", "marked", "tidied", "words"]
+__all__ = ["AnswerVerifier", "Verifier", "denies", "extract", "last_clause", "marked", "tidied", "words"]

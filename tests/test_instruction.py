@@ -95,6 +95,15 @@ def test_a_test_part_is_drawn_by_dialogues_so_that_none_is_in_both(tmp_path):
     assert not train & test and len(train | test) == 20
 
 
+def test_a_picture_that_two_sets_show_is_in_one_part(tmp_path):
+    for n in range(8):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    shown = {name: [{**dialogue(f"{name}{n}?", "1"), "image": f"{n}.png"} for n in range(8)] for name in "ab"}
+    data = Conversations(path=sets(tmp_path, **shown), test_fraction=0.25).load()
+    train, test = (whole(part).inputs["image"][:, 0, 0, 0].tolist() for part in (data.train, data.test))
+    assert not set(train) & set(test) and torch.bincount(data.test.targets).tolist() == [2, 2] and len(train) == 12
+
+
 def test_files_are_named_by_a_list_a_pattern_or_a_folder_and_each_is_a_set(tmp_path):
     sets(tmp_path / "train", b=[dialogue("1?", "1")], a=[dialogue("2?", "2")])
     sets(tmp_path / "test", b=[dialogue("3?", "3")], a=[dialogue("4?", "4")])
@@ -224,8 +233,9 @@ def test_an_online_stream_is_read_once():
         ({"data": Digits()}, "questions with an answer in words and its verifier are needed, and this source has 'class' targets"),
         ({"data": DigitScenes(as_="captions", scenes=8, test_scenes=8)}, "this source has rows without verifier"),
         ({"data": scenes(), "by": "domains"}, "by names an unknown grouping 'domains': did you mean 'domain'"),
-        ({"data": scenes(), "order": ["count", "sum"]}, "order lacks largest, present, position"),
-        ({"data": scenes(), "order": ["cont"]}, "order names an unknown .*'cont': did you mean 'count'"),
+        ({"data": scenes(), "order": ["count", "sum"]}, "order lacks largest, present, position.*: it must list every set once"),
+        ({"data": scenes(), "order": ["cont"]}, "order names an unknown set 'cont': did you mean 'count'"),
+        ({"data": scenes(), "order": ["sum", "sum"]}, "order names set 'sum' twice: every set arrives once"),
         ({"data": [scenes(), scenes(size=40)]}, "image is image of 1 x 32 x 32 in DigitScenes 1 and image of 1 x 40 x 40 in DigitScenes 2"),
         ({"data": [scenes(), Digits()]}, "instruction: Digits: questions with an answer in words"),
         ({"data": []}, "data lists no source"),

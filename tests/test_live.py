@@ -194,7 +194,7 @@ def test_every_interleaving_of_good_duplicate_and_malformed_lines_is_learned_onc
     written = data.draw(st.lists(kinds, min_size=1, max_size=40).filter(lambda found: any(kind == "good" for kind, _ in found)))
     count, holdout, seed = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([0.0, 0.4])), data.draw(st.integers(0, 99))
     stops = data.draw(st.sets(st.integers(0, len(written)), max_size=3))
-    ids, bad = [], 0
+    ids, bad, again = [], 0, 0
     intake, scenario, file = None, None, folder / "in" / "a.jsonl"
     options = {"count": count, "holdout": holdout, "fields": {"features": 2}}
     for place, (kind, number) in enumerate(written):
@@ -207,6 +207,7 @@ def test_every_interleaving_of_good_duplicate_and_malformed_lines_is_learned_onc
         with file.open("a") as stream:
             stream.write(text + "\n")
         bad += kind == "bad"
+        again += kind == "good" and number in ids
         if kind == "good" and number not in ids:
             ids.append(number)
         if data.draw(st.booleans()):
@@ -217,7 +218,8 @@ def test_every_interleaving_of_good_duplicate_and_malformed_lines_is_learned_onc
     tasks = list(scenario)
     assert [number for task in tasks for number in numbers(task)] == learned
     assert [len(task.train) for task in tasks] == [len(learned[at : at + count]) for at in range(0, len(learned), count)]
-    assert sum(scenario.problems.values()) == bad
+    counted = {"line that is not a JSON object": bad, "known id, offered again": again}
+    assert scenario.problems == {kind: count for kind, count in counted.items() if count}
     assert len((folder / "spool/quarantine.jsonl").read_text().splitlines() if bad else []) == bad
     order = list(dict.fromkeys("ab"[n % 2] for n in learned))
     tested = []
@@ -269,7 +271,54 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path):
     (tmp_path / "in/.new").write_text(lines(record(1), record(2), record(3)))
     (tmp_path / "in/.new").replace(tmp_path / "in/a.jsonl")
     intake.look()
-    assert scenario._spool.count == 4 and not scenario._spool.problems
+    assert scenario._spool.count == 4 and scenario._spool.problems == {"known id, offered again": 1}
+
+
+OTHER = [{"label": "b"}, {"features": [9.0, 0.5]}, {"load": 2}]
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_a_known_id_with_other_content_is_put_aside_and_the_same_again_is_counted(tmp_path, other):
+    same = record(0, load=1)
+    inbox(tmp_path, same, same, {**same, **other}, record(1, load=1), same)
+    scenario, told = opened(tmp_path, count=5, change="page_hinkley", watch="load"), []
+    scenario.tell = told.append
+    (task,) = scenario
+    expected = {"known id, offered again": 2, "known id with other content": 1}
+    assert numbers(task) == [0, 1] and scenario.problems == task.problems == expected
+    (aside,) = map(json.loads, (tmp_path / "spool/quarantine.jsonl").read_text().splitlines())
+    what = {"load": "watched number"}.get(*other, *other)
+    assert f"the id 'r0' is known with other content ({what})" in aside["reason"] and json.loads(aside["content"]) == {**same, **other}
+    assert [message for message in told if "offered again" in message] == ["live: passed over: 2 x known id, offered again"]
+    assert sum("1 x known id with other content" in message for message in told) == 1
+    again = opened(tmp_path, count=5, change="page_hinkley", watch="load")
+    assert again.problems == expected and len((tmp_path / "spool/quarantine.jsonl").read_text().splitlines()) == 1
+    again._spool.release()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_picture_that_was_replaced_is_put_aside_and_one_that_was_only_touched_is_counted(tmp_path, in_place):
+    (tmp_path / "in/red").mkdir(parents=True)
+    files = [tmp_path / f"in/red/{n}.bmp" for n in range(3)]
+    for file in files:
+        Image.new("RGB", (4, 4), (255, 0, 0)).save(file, "BMP")
+    scenario = opened(tmp_path, count=5, fields={"image": 4})
+    intake = Directory(scenario._spool, scenario._reader, tmp_path / "in", 1000)
+    intake.look(last=True)
+    assert scenario._spool.count == 3 and not scenario._spool.problems
+    old = files[0].stat()
+    changed = files[0] if in_place else tmp_path / "in/red/.new"
+    Image.new("RGB", (4, 4), (0, 255, 0)).save(changed, "BMP")
+    changed.replace(files[0])
+    assert files[0].stat().st_size == old.st_size, "neither its size nor, where it is written in place, its inode tells"
+    for file in files[:2]:
+        os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns + 10**9))
+    intake.look(last=True)
+    intake.look(last=True)
+    assert scenario._spool.problems == {"known id with other content": 1, "known id, offered again": 1}
+    assert "(image)" in json.loads((tmp_path / "spool/quarantine.jsonl").read_text())["reason"]
+    (task,) = scenario
+    assert whole(task.train).inputs["image"][:, 0, 0, 0].tolist() == [255] * 3, "the first counts"
 
 
 # -- where tasks end ---------------------------------------------------------------------------------------------------------------
@@ -403,8 +452,11 @@ def test_what_is_pushed_is_on_disk_when_it_is_acknowledged(pushed, tmp_path):
         (copy / file.name).write_bytes(file.read_bytes())
     other = Live(port=0, count=3, queue=5, body=500, fields={"features": 2}, spool=copy)
     other.open(0)
-    assert other._spool.count == 2 and other.problems == {"line that is not a JSON object": 1}
+    assert other._spool.count == 2 and other.problems == {"line that is not a JSON object": 1, "known id, offered again": 1}
     other._end()
+    changed, content = push(address, lines(record(1), {**record(1), "features": [7, 7]}))
+    assert changed.status == 200 and (content["accepted"], content["duplicates"], content["quarantined"]) == (0, 1, 1)
+    assert "other content (features)" in content["problems"][0]["reason"]
     assert stat.S_IMODE((tmp_path / "spool/http.json").stat().st_mode) == 0o600
     assert push(address, "", method="GET", path="/status")[1]["unlearned"] == 2
 
@@ -709,6 +761,16 @@ def test_a_run_that_is_killed_again_and_again_learns_every_record_once_and_ends_
     assert len((run / "stream/quarantine.jsonl").read_text().splitlines()) == 1
     commands.run("run", settings, "--out", tmp_path / "whole")
     assert scores(run) == scores(tmp_path / "whole")
+
+
+def test_a_run_in_which_nothing_is_scored_still_has_its_report(tmp_path, commands):
+    inbox(tmp_path, *(record(n, "ab"[n % 2]) for n in range(150)))
+    settings, run = config(tmp_path, directory=str(tmp_path / "in"), idle=0.2, test=None), tmp_path / "run"
+    settings.write_text(settings.read_text().replace("- jsonl", "- progress\n- report"))
+    commands.run("run", settings, "--out", run)
+    assert "Nothing was scored: the stream gave no test samples" in (run / "report.html").read_text()
+    printed = commands.output.read_text()
+    assert "warning" not in printed and "nothing was scored" in printed and f"report  {run / 'report.html'}" in printed
 
 
 def test_a_run_that_waits_for_standard_input_is_interrupted_and_goes_on(tmp_path, commands):

@@ -145,6 +145,44 @@ def test_a_share_of_every_skill_is_held_back_and_ids_stay_apart(tmp_path):
     assert own.class_names == ["a", "b", "c"] and own.test.targets.tolist() == [2]
 
 
+def _written_pictures(folder, how):
+    """Sixty rows, five of each of twelve pictures, which lie in files or in the rows; and twenty without one."""
+    pictures = [picture(n) for n in range(12)]
+    for n, data in enumerate(pictures):
+        (folder / f"{n}.png").write_bytes(data)
+    written = {
+        "path": lambda n: f"{n}.png",
+        "other path": lambda n: f"./{n}.png",
+        "uri": lambda n: "data:image/png;base64," + base64.b64encode(pictures[n]).decode(),
+    }
+    rows = [{"problem": f"q{k}", "answer": "1", "skill": "ab"[k % 2], "image": written[how[k % len(how)]](k // 5)} for k in range(60)]
+    return lines(folder / "a.jsonl", *rows, *({"problem": f"t{k}", "answer": "1", "skill": "ab"[k % 2]} for k in range(20)))
+
+
+@pytest.mark.parametrize("how", [["path"], ["path", "other path"], ["uri"]])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_picture_is_in_both_parts(tmp_path, how, seed):
+    path = _written_pictures(tmp_path, how)
+    data = Problems(path=path, test_fraction=0.25, split_seed=seed).load()
+    train, test = whole(data.train), whole(data.test)
+    shown = [set(batch.inputs["image"][batch.present["image"], 0, 0, 0].tolist()) for batch in (train, test)]
+    assert not shown[0] & shown[1] and len(shown[0] | shown[1]) == 12 and shown[1]
+    assert abs(len(data.test) - 20) <= 4 and min(torch.bincount(data.test.targets)) > 0, "a picture has five rows"
+    again = Problems(path=path, test_fraction=0.25, split_seed=seed).load()
+    assert whole(again.test).inputs["text"] == test.inputs["text"]
+
+
+def test_a_skill_with_one_picture_stays_in_training_and_one_with_two_large_ones_gives_one_away(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    asked = [("one", "0.png")] * 4 + [("two", "1.png")] * 6 + [("two", "2.png")] * 5 + [("three", "3.png")]
+    rows = [{"problem": f"q{k}", "answer": "1", "skill": skill, "image": image} for k, (skill, image) in enumerate(asked)]
+    data = Problems(path=lines(tmp_path / "a.jsonl", *rows), test_fraction=0.1).load()
+    assert [data.class_names[t] for t in data.test.targets.tolist()] == ["two"] * 5
+    with pytest.raises(DataError, match="all rows show the same picture"):
+        Problems(path=lines(tmp_path / "b.jsonl", *rows[:4]), test_fraction=0.5).load()
+
+
 def test_the_sessions_of_reasoning_are_made_of_real_rows(tmp_path):
     rows = [{"problem": f"q{n}", "answer": "1", "skill": "ab"[n % 2], "difficulty": n} for n in range(20)]
     scenario = Reasoning(data=Problems(path=lines(tmp_path / "a.jsonl", *rows), test_fraction=0.2), by="skill", order="given")

@@ -415,6 +415,29 @@ def test_scores_without_a_row_are_said_to_be_none() -> None:
     assert matrix_text(made_up_scores([], [])) == "nothing was scored"
 
 
+@pytest.mark.parametrize("matrix", [[[], []], [[None], [None, None]]])
+def test_a_run_in_which_nothing_was_scored_has_a_report_that_says_so(
+    matrix: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = {**made_up_scores(), **summarise(matrix, [None, None]), "per_class": None, "protocols": None, "heads": None}
+    folder, other = made_up_run(tmp_path / "live", scores=none), made_up_run(tmp_path / "icarl", "icarl")
+    end = Event("run_finished", {"status": "done", "scores": none, "report": str(folder / "report.html")})
+    play(Report(), folder, [end])
+    play(Progress(), folder, [end])
+    written = (folder / "report.html").read_text()
+    assert "Nothing was scored: the stream gave no test samples" in written and "name: class_incremental" in written
+    assert written.count("<polyline") == 1 and "Where the time went" in written, "memory and time are known without scores"
+    printed = capsys.readouterr().out
+    assert "nothing was scored" in printed and f"report  {folder / 'report.html'}" in printed
+    assert matrix_text(none) == "nothing was scored"
+    assert "Nothing was scored" in render(folder, [other]) and render(other, [folder]).count("<polyline") == 2
+    assert [line.split()[:3] for line in table([folder, other]).splitlines()[3:5]] == [["er", "0", "–"], ["icarl", "0", "60.0"]]
+    with pytest.raises(RunError, match="nothing was scored in these runs"):
+        picture([folder], tmp_path / "p.png")
+    picture([folder, other], tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     runs = [made_up_run(tmp_path / f"er{seed}", seed=seed, scores=scored(0.8 + seed / 10)) for seed in (0, 1)]
     picture([*runs, made_up_run(tmp_path / "icarl", "icarl")], tmp_path / "p.png")

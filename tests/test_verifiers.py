@@ -57,6 +57,14 @@ def judged(verifier, answer, gold, choices=""):
         ("<think><answer>3</answer></think>", "3"),
         ("five", None),
         ("<answer></answer>", ""),
+        ("<answer>1</answer> or <answer>2</answer>", ""),
+        ("<answer>2</answer>, <answer>2</answer>", "2"),
+        (r"\boxed{1} or \boxed{2}", ""),
+        (r"$\boxed{1}$, $\boxed{2}$", ""),
+        (r"<answer>not \boxed{2}</answer>", ""),
+        (r"It isn't $\boxed{2}$", ""),
+        ("It is not <answer>2</answer>", ""),
+        (r"It is not \boxed{1} but \boxed{2}", "2"),
     ],
 )
 def test_the_answer_is_what_was_marked_last(text, inside):
@@ -246,6 +254,100 @@ LETTERS = {
 def test_a_choice_is_its_letter_or_its_words_and_two_choices_are_none(place, text):
     assert Choice().read(text, ANIMALS.split("\n"), False) == place
     assert judged(Choice(), text, "dog", ANIMALS) == float(place == 3)
+
+
+HEDGED = [
+    *("The answer is (B) or (C).", "Answer: B, C", "The answer is not (B).", "It isn't B", "B. It could also be C", "The answer is B/C"),
+    *("Answer: B and C", "The answer is B, or a dog", "The answer is B. Or C.", "Answer: B\nC", "Answer: B\ndog", "The answer is B) dog"),
+    *("The answer is either (b) or (c)", "The answer is B or c", "The answer is B. No, wait, C", "The answer is B, not!", "Not B"),
+    *("I don't think the answer is B", "The answer can't be B", "Everything except B", "Option B is wrong", "Never pick B", "All but B"),
+    *("Neither B", "It isn’t a cat", "There is no cat", "It is not a cat", "B. dog or cat", "cat or maybe not", "B is incorrect."),
+    *("<answer>not cat</answer>", "<answer>B or maybe not</answer>", "<answer>The answer is B</answer>", "<answer>B, C</answer>"),
+    *("<answer>cat dog</answer>", "<answer>B. cat or dog</answer>", r"\boxed{B/C}", r"\boxed{A} or \boxed{B}", "<answer>It is B</answer>"),
+    *(r"<answer>not \boxed{B}</answer>", "<answer>C</answer>, <answer>B</answer>", "The answer is B but it could be D"),
+]
+COMMITTED = [
+    *("The answer is B because A and C are not shown.", "Option A is wrong. So the answer is B.", "The answer is B. Option C is wrong."),
+    *(
+        "It is not a dog, so the answer is B",
+        "Answer: B\nA dog is not what I see.",
+        "The answer is B. cat",
+        "The answer is B) a cat, clearly.",
+    ),
+    *("I choose B since it isn't a dog", "It is not red, so B", "The answer is definitely (B)!", "<answer>(B)</answer>", r"\boxed{B. cat}"),
+    *("<answer>The cat.</answer>", "<answer>B) the cat</answer>", "B. This is a cat because it does not bark."),
+]
+
+
+@pytest.mark.parametrize(("text", "right"), [(text, 0) for text in HEDGED] + [(text, 1) for text in COMMITTED])
+def test_a_choice_that_is_hedged_or_denied_earns_nothing_and_one_that_is_argued_for_does(text, right):
+    assert judged(Choice(), text, "B", "red\ncat\ndog\nbird") == right
+
+
+@pytest.mark.parametrize("text", ["B. or C", "B or C", "<answer>B. or C</answer>", "<answer>B. not</answer>", "not B"])
+def test_without_choices_letters_are_not_hedged_either(text):
+    assert judged(Choice(), text, "B") == 0
+
+
+def test_choices_whose_own_words_deny_or_hold_letters_can_be_chosen():
+    offered = "yes\nno\nvitamin C\nnone of the above"
+    for right, texts in {
+        "B": ["No", "The answer is no", "No, there isn't any", "The answer is B. No", "<answer>B. No</answer>"],
+        "C": ["The answer is C, vitamin C", "Vitamin C"],
+        "D": ["The answer is D, none of the above.", "none of the above", "It is none of the above"],
+    }.items():
+        assert [judged(Choice(), text, right, offered) for text in texts] == [1] * len(texts)
+    assert judged(Choice(), "The answer is A", "A", "C\nA\nB") == 1, "the words of a choice go before its letter in a sentence too"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<answer>not 3</answer>", "<answer>3 or not</answer>", "<answer>at least 3</answer>", "<answer>more than 3</answer>"),
+        *("<answer>x < 3</answer>", "<answer>x >= 3</answer>", "<answer>x != 3</answer>", "<answer>≤ 3</answer>", "<answer>3, 4</answer>"),
+        *("<answer>x = 4, x = 3</answer>", "<answer>minus 3</answer>", "<answer>negative 3</answer>", "<answer>-(3)</answer>"),
+        *(
+            "<answer>3 squared</answer>",
+            "<answer>half of 3</answer>",
+            "<answer>anything but 3, never 3</answer>",
+            r"\boxed{4} or \boxed{3}",
+        ),
+        *("The answer is 3 or 4.", "The answer is not 3", "The answer isn't 3", "The answer is 3, 4", "It is 4 or 3", "It is not 3"),
+        *(
+            "The answer is 3 cm or 4 cm",
+            "The answer is 3 or not",
+            "I don't think the answer is 3",
+            "1, 2, 3",
+            "between 2 and 3",
+            "3 is wrong",
+        ),
+    ],
+)
+def test_a_number_that_is_hedged_or_denied_earns_nothing(text):
+    assert judged(Number(), text, "3") == 0
+
+
+@pytest.mark.parametrize("text", ["It is not 4, so the answer is 3.", "It is not 4 but 3", "There are 2 cats and 3 dogs", "2 + 1 = 3"])
+def test_a_number_that_is_argued_for_earns_its_point(text):
+    assert judged(Number(), text, "3") == 1
+
+
+def test_minus_in_words_is_a_minus():
+    assert [judged(Number(), f"<answer>{text}</answer>", "-3") for text in ("minus 3", "negative 3", "minus three")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "text", ["It isn't this: 3, 1, 2", "The order is not: 3, 1, 2", "Not 3, 1, 2", "Wrong: 3, 1, 2", "3, 1, 2 or 1, 2, 3"]
+)
+def test_an_order_that_is_denied_earns_nothing(text):
+    assert judged(SequenceVerifier(), text, "3, 1, 2") == 0
+
+
+@pytest.mark.parametrize("text", ["not cat", "cat or dog", "cat, dog", "isn't cat", "<answer>cat</answer> or <answer>dog</answer>"])
+@pytest.mark.parametrize("kind", [Exact, Text, Tagged])
+def test_words_are_whole_or_wrong(kind, text):
+    assert judged(kind(), text, "cat") == 0 and judged(kind(), "<answer>not cat</answer>", "cat") == 0
+    assert judged(kind(), r"<answer>not \boxed{cat}</answer>", "cat") == 0 and judged(kind(), r"\boxed{dog}, \boxed{cat}", "cat") == 0
 
 
 def test_choices_that_bring_their_letters_have_none_that_have_them_as_words_and_rows_without_choices():

@@ -22,7 +22,8 @@ class Directory(Intake):
     """Looks again and again at what is new. How far each file was read stands in the spool, so nothing is moved or deleted.
 
     A .jsonl file may grow: a line counts once it ends, or once it reads as a whole object. An image or a sound counts once two looks find
-    it unchanged. What begins with a dot is passed over, so a file can be written under such a name and then renamed.
+    it unchanged, and is looked at again when it has changed. What begins with a dot is passed over, so a file can be written under such
+    a name and then renamed.
     """
 
     def __init__(self, spool: Spool, reader: Reader, folder: Path, limit: int) -> None:
@@ -100,7 +101,8 @@ class Directory(Intake):
     def _read_media(self, file: Path, name: str, label: str, last: bool) -> None:
         status = file.stat()
         place = self.spool.places.get(name)
-        if place is not None and (place.inode, place.offset) == (status.st_ino, status.st_size):
+        reached = Place(name, status.st_ino, status.st_size, status.st_mtime_ns)  # it has no lines: its time tells whether it is the same
+        if place == reached:
             return
         now = (status.st_size, status.st_mtime_ns)
         if self.watched.get(name) != now and not last:
@@ -108,7 +110,7 @@ class Directory(Intake):
             return
         self.watched.pop(name, None)
         parsed = self.reader.media(name, label, KINDS[file.suffix.lower()], file.read_bytes(), name)
-        self.keep(parsed, Place(name, status.st_ino, status.st_size, 1))
+        self.keep(parsed, reached)
 
 
 def _sorted(folder: Path) -> list[os.DirEntry[str]]:

@@ -26,6 +26,8 @@ WORDS = 200  # characters of a wrong value that a reason quotes
 NO_JSON, NO_ID, NO_LABEL = "line that is not a JSON object", "record without a usable id", "record without a usable label"
 EMPTY, WRONG, UNWATCHED = "record without any data", "record with unusable data", "record without the number that is watched"
 UNLIKE, LONG = "record that does not fit the stream", "line that is too long"
+CHANGED = "known id with other content"
+AGAIN = "known id, offered again"  # counted beside them, and not put aside: nothing is lost with it
 
 Shapes = dict[str, list[int]]  # field -> [length], [] for text, [3, height, width], or [samples, samples per second]
 

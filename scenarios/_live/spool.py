@@ -23,7 +23,7 @@ from streamcl.errors import ConfigError, DataError, DiskError, RunError
 from streamcl.seeding import derived
 from streamcl.writing import disk_error, write_atomically
 
-from .records import FIELDS, UNLIKE, Line, Parsed, Problem, Record, Shapes, declared_shapes, told
+from .records import AGAIN, CHANGED, FIELDS, UNLIKE, Line, Parsed, Problem, Record, Shapes, declared_shapes, told
 
 FORMAT = 1
 NEW_TABLES = """
@@ -137,6 +137,8 @@ class Spool:
         self.arrived: float = run("SELECT COALESCE(MAX(arrived), 0) FROM record").fetchone()[0]
         self.classes: dict[str, int] = {name: number for number, name in run("SELECT number, name FROM class ORDER BY number")}
         self.problems: Counter[str] = Counter(dict(run("SELECT kind, COUNT(*) FROM problem GROUP BY kind").fetchall()))
+        if "duplicates" in about:
+            self.problems[AGAIN] = int(about["duplicates"])
         rows = run("SELECT number, start, stop, learnable, reason, problems FROM task ORDER BY number")
         self.cuts = [
             Cut(number, start, stop, learnable, reason, json.loads(problems)) for number, start, stop, learnable, reason, problems in rows
@@ -173,7 +175,10 @@ class Spool:
                         (number, record.id, record.label, held, self.arrived, record.watched, *map(record.values.get, FIELDS)),
                     ).rowcount
                     accepted += new
-                    duplicates += 1 - new
+                    changed = None if new else self._changed(record)
+                    if changed is not None:
+                        problems.append(changed)
+                    duplicates += not new and changed is None
                     learnable += new * (1 - held)
                     if new and not held and record.label not in classes:
                         classes[record.label] = len(classes)
@@ -185,18 +190,38 @@ class Spool:
                     )
                 if place is not None:
                     run("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?)", (place.name, place.inode, place.offset, place.line))
+                if duplicates:
+                    run("INSERT OR REPLACE INTO about VALUES ('duplicates', ?)", (str(self.problems[AGAIN] + duplicates),))
                 if parsed.ended:
                     run("INSERT INTO about VALUES ('ended', 'yes')")
             self.shapes, self.classes, self.ended = shapes, classes, parsed.ended
             self.count += accepted
             self.learnable += learnable
-            self.problems = self.problems + Counter(problem.kind for problem in problems)  # a new one: others may be reading the old
+            new_problems = Counter(problem.kind for problem in problems) + Counter({AGAIN: duplicates})
+            self.problems = self.problems + new_problems  # a new one: others may be reading the old
             if place is not None:
                 self.places[place.name] = place
             self._append_quarantine(problems)
             self.news = time.monotonic()
             self.changed.notify_all()
             return Receipt(accepted, duplicates, problems)
+
+    def _changed(self, record: Record) -> Problem | None:
+        """What is wrong with a record whose id is known; nothing, where it is the same again."""
+        columns = f"label, watched, {', '.join(FIELDS)}"
+        known = self._base.execute(f"SELECT {columns} FROM record WHERE id = ?", (record.id,)).fetchone()
+        given = (record.label, record.watched, *map(record.values.get, FIELDS))
+        names = ("label", "watched number", *FIELDS)
+        other = [name for name, old, new in zip(names, known, given, strict=True) if old != new]
+        if not other:
+            return None
+        why = f"the id {record.id!r} is known with other content ({', '.join(other)}), and the first counts"
+        return Problem(record.line, CHANGED, f"{why}: give what is new an id of its own")
+
+    @property
+    def aside(self) -> int:
+        """How many lines were put aside."""
+        return sum(self.problems.values()) - self.problems[AGAIN]
 
     def full(self) -> bool:
         return self.learnable - self.learned >= self.queue
@@ -297,7 +322,7 @@ class Spool:
         if self.quarantine.is_file():
             with self.quarantine.open("rb") as file:
                 lines = sum(line.endswith(b"\n") for line in file)
-        if lines != sum(self.problems.values()):
+        if lines != self.aside:
             rows = self._base.execute("SELECT source, line, content, kind, reason FROM problem ORDER BY number")
             write_atomically(self.quarantine, "".join(_aside(Problem(Line(*line), kind, reason)) for *line, kind, reason in rows))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from streamcl.errors import ConfigError
+from streamcl.errors import ConfigError, DataError
 from streamcl.plugins import near_name, plugins
 from streamcl.stream import Column
 from streamcl.verifiers.choice import Choice
@@ -120,18 +122,71 @@ def check_verifier(name: str | None) -> None:
         raise ConfigError(f"unknown verifier {name!r}" + (near_name(name, known) or f"; there are {', '.join(sorted(known))}"))
 
 
-def parts_of(
-    questions: Sequence[Question], fraction: float, split: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[list[Question], list[Question]]:
-    """Training and test rows by the records that they come from, so that no dialogue and no picture of one is in both."""
-    if not fraction:
+def parts_of(questions: Sequence[Question], fraction: float, draw: torch.Generator) -> tuple[list[Question], list[Question]]:
+    """Training and test rows: no record and no picture is in both, and of every group the test part gets `fraction` of the rows.
+
+    Rows of one record, or with one picture, are drawn together, in a random order, each where it brings the test part nearer to what is
+    asked for. Of every group there is a row in either part, where that can be.
+    """
+    if not fraction or not questions:
         return list(questions), []
-    first = {question.origin: question.group for question in reversed(questions)}
-    origins = sorted(first)
-    number = {name: place for place, name in enumerate(dict.fromkeys(first[origin] for origin in origins))}
-    _, held = split(torch.tensor([number[first[origin]] for origin in origins], dtype=torch.int64))
-    test = {origins[place] for place in held.tolist()}
-    return [q for q in questions if q.origin not in test], [q for q in questions if q.origin in test]
+    number = {name: place for place, name in enumerate(dict.fromkeys(question.group for question in questions))}
+    group = torch.tensor([number[question.group] for question in questions], dtype=torch.int64)
+    counts = torch.bincount(group)
+    up_to = (counts.cumsum(0).double() * fraction + 0.5).floor().long()
+    wanted = up_to.diff(prepend=up_to.new_zeros(1)).clamp(min=1).minimum(counts - 1).tolist()
+    unit = _drawn_together(questions)
+    if max(unit) == 0 and len(questions) > 1:
+        raise DataError(f"{questions[0].where}: all rows show the same picture, so that test_fraction can hold none back: give a test file")
+    holds: list[Counter[int]] = [Counter() for _ in range(max(unit) + 1)]
+    for row, place in enumerate(unit):
+        holds[place][int(group[row])] += 1
+    taken, left, held = [0] * len(counts), counts.tolist(), set()
+
+    def take(place: int) -> None:
+        held.add(place)
+        for one, size in holds[place].items():
+            taken[one] += size
+            left[one] -= size
+
+    def can_go(place: int) -> bool:
+        return all(left[one] > size for one, size in holds[place].items())
+
+    shuffled = torch.randperm(len(holds), generator=draw).tolist()
+    for place in shuffled:
+        gain = sum(abs(taken[one] - wanted[one]) - abs(taken[one] + size - wanted[one]) for one, size in holds[place].items())
+        if gain > 0 and can_go(place):
+            take(place)
+    for one in range(len(counts)):
+        free = [place for place in shuffled if place not in held and one in holds[place] and can_go(place)]
+        if wanted[one] and not taken[one] and free:
+            take(min(free, key=lambda place: holds[place].total()))
+    parts: tuple[list[Question], list[Question]] = [], []
+    for question, place in zip(questions, unit, strict=True):
+        parts[place in held].append(question)
+    return parts
+
+
+def _drawn_together(questions: Sequence[Question]) -> list[int]:
+    """A number for each row: the same for rows of one record, and for rows with one picture (its path, or its content)."""
+    first: dict[object, int] = {}
+    leader = list(range(len(questions)))
+
+    def found(row: int) -> int:
+        while leader[row] != row:
+            leader[row] = row = leader[leader[row]]
+        return row
+
+    for row, question in enumerate(questions):
+        for key in (question.origin, *map(_picture_key, question.pictures[:1])):
+            one, other = found(first.setdefault(key, row)), found(row)
+            leader[max(one, other)] = min(one, other)
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(found(row), len(numbers)) for row in range(len(questions))]
+
+
+def _picture_key(picture: Picture) -> str | bytes:
+    return hashlib.sha256(picture).digest() if isinstance(picture, bytes) else str(Path(picture).resolve())
 
 
 def _unreadable(extra: dict[str, Column]) -> int:

@@ -9,7 +9,7 @@ nothing is fetched from the web. Files are .json (a list) or .jsonl.
 own. Several turns become one text with "User:" and "Assistant:" before each. `<image>` is taken out of the text, for a model's own
 processor puts its sign there. Of several pictures the first is used; such rows are counted among the problems. The group of a row is
 its set. Each row names its verifier: `verifier`, or else the one that fits its answer (a letter: choice, a number: number, or text).
-A test set without a file of its own is drawn by dialogues, so that no dialogue is in both parts.
+A test set without a file of its own is drawn by dialogues and pictures, so that neither is in both parts.
 
 The data and its licence are whatever the files hold. Errors name the file and the row, counted from 0, or the line.
 """
@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from streamcl.data import split_by_class
 from streamcl.data_files import locate
 from streamcl.errors import ConfigError
 from streamcl.options import Fraction, NonNegativeInt
@@ -69,7 +68,7 @@ class Conversations(ListedMedia):
             train = rows
             test = [q for file, name in zip(test_files, names, strict=True) for q in self._questions(file, name, refused)]
         else:
-            train, test = parts_of(_of_their_own(rows), self.test_fraction, self._split)
+            train, test = parts_of(_of_their_own(rows), self.test_fraction, generator(self.split_seed, "test"))
         seen = any(question.pictures for question in [*train, *test])
         return self.assemble(
             listed(train, names, refused, seen),
@@ -78,9 +77,6 @@ class Conversations(ListedMedia):
             refused,
             target="text",
         )
-
-    def _split(self, groups: Any) -> Any:
-        return split_by_class(groups, self.test_fraction, generator(self.split_seed, "test"), at_least=1)
 
     def _parts(self) -> tuple[list[Path], list[Path]]:
         train, test = (_all_files(path) for path in (self.path, self.test))

@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamcl.data import split_by_class
 from streamcl.data_files import locate
 from streamcl.errors import ConfigError, DataError
 from streamcl.options import Fraction, NonNegativeInt
@@ -59,7 +58,10 @@ LEVELS = {"easy": 1.0, "medium": 2.0, "hard": 3.0}
 
 
 class Problems(ListedMedia):
-    """`path` is a file, a glob pattern or a folder, `test` a second one; without it `test_fraction` of every skill is held back."""
+    """`path` is a file, a glob pattern or a folder, `test` a second one; without it `test_fraction` of every skill is held back.
+
+    Rows with the same picture (the same path, or the same bytes) are held back together, so that no picture is in both parts.
+    """
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class Problems(ListedMedia):
         if self.test is not None:
             train, test = rows, self._questions(self.test, refused)
         else:
-            train, test = parts_of(rows, self.test_fraction, self._split)
+            train, test = parts_of(rows, self.test_fraction, generator(self.split_seed, "test"))
         names = sorted({question.group for question in [*train, *test]})
         seen = any(question.pictures for question in [*train, *test])
         return self.assemble(
@@ -109,9 +111,6 @@ class Problems(ListedMedia):
             refused,
             target="text",
         )
-
-    def _split(self, groups: Any) -> Any:
-        return split_by_class(groups, self.test_fraction, generator(self.split_seed, "test"), at_least=1)
 
     def _questions(self, path: Path, refused: Refused) -> list[Question]:
         found: list[Question] = []

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from streamcl.comparing import matrix_cells, matrix_text
+from streamcl.comparing import matrix_cells, matrix_text, scored
 from streamcl.events import Event, Sink
 from streamcl.options import NonNegativeFloat
 from streamcl.wording import Scale, duration, shortened, size
@@ -128,9 +128,12 @@ class Progress(Sink):
             self.live.update(self.bar, visible=False)
             self.live.refresh()
         scores = fields["scores"]
-        if not scores or not any(value is not None for row in scores["matrix"] for value in row):
+        if not scores or not scores["per_task"]:
             return
         self.report = fields["report"]
+        if not scored(scores):
+            self._say(f"nothing was scored: the stream gave no test samples · {duration(scores['seconds']['total'])}", "bold")
+            return
         per_task = scores["per_task"]
         scale = Scale((value for row in [*scores["matrix"], per_task] for value in row), metric=scores["metric"])
         self._matrix(scores)

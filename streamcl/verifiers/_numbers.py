@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from streamcl.verifier import tidied
+from streamcl.verifier import denies, tidied
 
 LONGEST = 400  # digits, and the largest exponent: beyond that it is no answer, and would take any time to compute with
 
@@ -35,7 +35,13 @@ _NAMED = re.compile(
 _SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})\b", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b)", re.IGNORECASE)
 _HEDGED = re.compile(r"\bor\b|\band\b|±|\\pm", re.IGNORECASE)
-_NO_UNIT = re.compile(r"[\\√π∞±²³⁰¹⁴-⁹^!]|\bpi\b|\bsqrt\b|\bor\b|\band\b|\bto\b", re.IGNORECASE)
+_LISTED = re.compile(r"[;|\n<>!~≠]|,\s")  # before an "=" it is no chain of equal values
+_NO_UNIT = re.compile(
+    r"[\\√π∞±²³⁰¹⁴-⁹^!<>≤≥≠]|-\s*[(\[{]|\bpi\b|\bsqrt\b|\bor\b|\band\b|\bto\b|\bat (?:least|most)\b|\bthan\b"
+    r"|\b(?:half|twice|double|root|squared|cubed|factorial|plus|times|minus|negative|between)\b",
+    re.IGNORECASE,
+)
+_MINUS = re.compile(r"\b(?:minus|negative) (?=\.?\d)", re.IGNORECASE)
 _UNIT_POWER = re.compile(r"(?<=[A-Za-zµ°])(?:\^\s*\{?\s*[+-]?\d\s*\}?|[²³])")
 
 
@@ -74,17 +80,17 @@ def number_alone(text: str) -> Number | None:
     """The one number of a text that is nothing but a number with its unit, currency or name (`x = 3 cm`); None for anything else."""
     before, _, after = text.rpartition("=")
     found, rest = numbers_in(after)
-    if len(found) != 1 or _HEDGED.search(before) or any(sign.isdigit() for sign in rest) or _NO_UNIT.search(rest):
+    if len(found) != 1 or any(sign.isdigit() for sign in rest) or _NO_UNIT.search(rest) or denies(rest):
         return None
-    return found[0]
+    return None if _HEDGED.search(before) or _LISTED.search(before.strip()) or denies(before) else found[0]
 
 
 def _plain(text: str) -> str:
-    plain = text.replace("\u2212", "-").replace("–", "-").replace("\uff0c", ",").replace("{,}", ",")
+    plain = text.replace("\0", " ").replace("\u2212", "-").replace("–", "-").replace("\uff0c", ",").replace("{,}", ",")
     for glyph, written in _GLYPHS.items():
         plain = plain.replace(glyph, f" {written}")
     plain = re.sub(rf"(?<=\d)[{_SPACES}](?=\d{{3}})", ",", plain)
-    plain = _MARKUP.sub(lambda found: found[1] or "", tidied(plain))
+    plain = _MINUS.sub("-", _MARKUP.sub(lambda found: found[1] or "", tidied(plain)))
     plain = _LATEX_FRACTION.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]} ", plain)
     return (
         _UNIT_POWER.sub("", re.sub(r"(?<![\w)])([+-])\s+(?=\d+/\d)", r"\1", plain))

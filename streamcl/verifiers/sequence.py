@@ -3,7 +3,8 @@
 Separators are a new line, `,`, `;`, `|`, arrows (`->`, `→`, `>`), the words "then" and "and", or plain spaces where there is none of these
 and every part is a number or a single letter. Brackets around the list and the numbers or dashes of a list with one line each are left
 off. A comma always parts: 1,000 is two things here. Things are compared as numbers where they are numbers, and else as by `text`. Single
-letters or digits may also be written without a gap (BAC). In a free sentence the list is what follows the last ":", "is" or "are".
+letters or digits may also be written without a gap (BAC). In a free sentence the list is what follows the last ":", "is" or "are"; a
+clause that denies it ("It isn't this: 3, 1, 2") earns nothing.
 
 A right answer with nothing in it is not judged by (NaN).
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from streamcl.verifier import AnswerVerifier, tidied
+from streamcl.verifier import AnswerVerifier, denies, last_clause, tidied
 
 from ._numbers import number_alone
 from .text import normalised
@@ -27,6 +28,8 @@ class SequenceVerifier(AnswerVerifier):
     def read(self, text: str, choices: Sequence[str], alone: bool) -> tuple[str, ...] | None:
         text = tidied(text)
         cues = [] if alone else [found.end() for found in _CUE.finditer(text)]
+        if cues and denies(last_clause(text[: cues[-1]].rstrip(" :"))):
+            return None
         listed = _without_marks(text[cues[-1] :] if cues else text).strip()
         listed = listed.rstrip(".").strip("[](){}<>\"'$").replace("**", "")
         parts = [part for part in _PARTS.split(listed) if part.strip()]
