@@ -1,13 +1,15 @@
 """Class-incremental learning without sharp borders: classes that come back, in proportions that are not known in advance.
 
 `disjoint` is the share of the classes that occur in one task only. The others are blurry: each has a task of its own, and `blurry` is
-the share of their samples that leave it and are dealt out, shuffled, over all tasks. Every sample appears exactly once.
+the share of their samples that leave it and are dealt out, shuffled, over all tasks: of T tasks, about one in T of these samples is
+dealt back to where it came from, as in the released samplers. Every sample appears exactly once.
 
 - i-Blurry (Koh et al., ICLR 2022), `sizes: equal`: every task gives this share of its blurry samples and gets as many back.
   i-Blurry-50-10 is `disjoint: 0.5, blurry: 0.1`.
 - blurry-K (Bang et al., CVPR 2021) is `disjoint: 0, blurry: 0.1` for K = 10, with equal sizes.
 - Si-Blurry (Moon et al., ICCV 2023), which G-ACIL is published on, `sizes: random`: how many disjoint classes a task brings and
-  how many samples it gives and gets are drawn at random, so that a task may bring anything from nothing but old classes up.
+  how many samples it gives and gets are drawn at random, so that a task may bring anything from nothing but old classes up. Where a
+  task is to give more than it has, the others give the rest.
 
 Where the released samplers drop the classes that do not divide evenly, here the first tasks get one more. Classes are numbered as they
 first appear, and `task.classes` are those: in a blurry stream most appear early, before the bulk of their samples. A task's
@@ -146,11 +148,15 @@ class Blurry(Scenario):
         candidates = shuffled[blurs[targets[shuffled]]]  # in random order
         held = torch.bincount(task[candidates], minlength=self.tasks)
         if self.sizes == "random":
-            total = int(self.blurry * len(candidates))
+            total = int(self.blurry * len(candidates) + 1e-9)
             borders = torch.randint(0, total + 1, (self.tasks - 1,), generator=draw).sort().values.tolist()
             given = torch.tensor([0, *borders, total]).diff().minimum(held)
+            left = torch.arange(self.tasks).repeat_interleave(held - given)  # the task of each sample that another one may give instead
+            rest = left[torch.randperm(len(left), generator=draw)[: total - int(given.sum())]]
+            given += torch.bincount(rest, minlength=self.tasks)
         else:
-            given = (held * self.blurry).long()
+            given = (held.double() * self.blurry + 1e-9).long()
+        self.given = given  # how many samples of its own each task gives away
         grouped = candidates[task[candidates].argsort(stable=True)]
         place = torch.arange(len(grouped)) - (held.cumsum(0) - held).repeat_interleave(held)
         strayed = grouped[place < given.repeat_interleave(held)]

@@ -104,10 +104,6 @@ class Concepts(Scenario):
         chosen = torch.where((nth < self.images) & (arrived >= 0), torch.div(arrived, self.together, rounding_mode="floor"), -1)
         self._rows = by_task(chosen, -(-len(arrival) // self.together))
         self._all = [self._words(place, name) for place, name in enumerate(names)]
-        for place, concept in enumerate(self._all):
-            phrases = [earlier["phrase"] for earlier in self._all[:place]]
-            mine = [text.replace("{0}", concept["phrase"]) for text in self.joint_prompts]
-            concept["joint_prompts"] = [text.replace("{1}", phrase) for phrase in phrases for text in mine]
         self.info = StreamInfo(
             modalities={self.modality: loaded.modalities[self.modality]},
             target="image",
@@ -125,7 +121,7 @@ class Concepts(Scenario):
     def task(self, index: int) -> Task:
         first = index * self.together
         last = min(first + self.together, len(self._all))
-        mine = self._all[first:last]
+        mine = [{**self._all[place], "joint_prompts": self._joint(place)} for place in range(first, last)]
         view = Subset(self._train, self._rows[index], self._relabel)
         phrases = [concept["phrase"] for concept in self._all]
         drawn = [derived(self._seed, "caption", identity) % len(self.templates) for identity in view.ids.tolist()]  # a few images
@@ -159,6 +155,11 @@ class Concepts(Scenario):
             "phrase": phrase,
             "prompts": [prompt.replace("{}", phrase) for prompt in self.prompts],
         }
+
+    def _joint(self, place: int) -> list[str]:
+        """The prompts of a concept with each that came before; made for its task, since all pairs of a long stream are many."""
+        mine = [text.replace("{0}", self._all[place]["phrase"]) for text in self.joint_prompts]
+        return [text.replace("{1}", earlier["phrase"]) for earlier in self._all[:place] for text in mine]
 
 
 class _Captioned(MapDataset):

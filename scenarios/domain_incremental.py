@@ -3,10 +3,14 @@
 `by` names a grouping of the source whose groups are the domains: a speaker, an alphabet, a background. Or the domains are made of one
 data set's images by `shift`: `permute` puts the pixels of every domain but the first in another order (as Permuted MNIST), `rotate`
 turns the images by `angles` (as Rotated MNIST; by default `tasks` angles from 0 to below 180 degrees, bilinear). `share: whole`
-gives every such domain all samples, as those benchmarks do, and every copy an id of its own; `share: parts` divides them.
+gives every such domain all samples, as those benchmarks do, and every copy an id of its own; `share: parts` divides them. Masks go
+with their images: permuted alike, or turned to the nearest pixel, where what comes from outside is not annotated. Boxes and whatever
+else the source says of places in the original image is left out of a stream of shifts: `extra` keeps what the target needs.
 
-All classes (labels, values, masks) are known from the first task on, and `task.domain` names the domain, by which the report also
-scores. `order` is that of the domains: the source's ("given"), the seed's, or a list of names. `task_ids` tells the task with
+All classes (labels, values, masks) are known from the first task on (`task.labels` are those that occur in its training samples), and
+`task.domain` names the domain, by which the report also scores.
+
+`order` is that of the domains: the source's ("given"), the seed's, or a list of names. `task_ids` tells the task with
 every batch.
 """
 
@@ -14,23 +18,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from streamcl.data import MapDataset, SinglePass, Subset, Told, split_by_class
+from streamcl.data import MapDataset, SinglePass, Told, View
 from streamcl.errors import ConfigError, DataError
 from streamcl.options import PositiveInt
 from streamcl.plugins import near_name
 from streamcl.seeding import generator
 from streamcl.stream import Batch, Dataset, Modality, Scenario, Source, SourceData, StreamInfo, Task
 
-from ._division import arranged, by_task, need_test
+from ._division import arranged, by_task, held_back, need_test
 from ._targets import all_classes, stream_info
+from ._views import Picked, needed, only
 
 KIND = "domain_incremental"
+UNKNOWN = 255  # in masks: not annotated
+CHUNK = 256  # masks that are turned together
 
 
 class DomainIncremental(Scenario):
@@ -73,11 +81,16 @@ class DomainIncremental(Scenario):
         need_test(loaded, KIND)
         assert loaded.test is not None
         self.problems, self._loaded, self._seed = loaded.problems, loaded, seed
+        self._train_of: tuple[Tensor, ...]
+        self._test_of: tuple[Tensor, ...]
         if self.by is not None:
             self._by_group(loaded, self.by, seed)
         else:
             self._by_shift(loaded, seed)
-        self._hold_back(seed)
+        self._validation_of: tuple[Tensor, ...] = ()
+        if self.validation:
+            groups = loaded.train.targets if loaded.target in ("class", "text") else None
+            self._train_of, self._validation_of = held_back(self._train_of, groups, self.validation, seed)
         self._names = all_classes(loaded)
         self.info = stream_info(loaded, tasks=len(self), passes=1 if self.online else None, task_ids=self.task_ids)
         return self.info
@@ -88,14 +101,16 @@ class DomainIncremental(Scenario):
     def task(self, index: int) -> Task:
         train = self._view(self._loaded.train, self._train_of[index], index)
         validation = self._view(self._loaded.train, self._validation_of[index], index) if self.validation else None
-        classes = tuple(self._names)
+        classes = labels = tuple(self._names)
+        if self._loaded.target == "class":
+            labels = tuple(train.targets.unique().tolist())
         return Task(
             index=index,
             name=f"domain {self._domains[index]}",
             train=SinglePass(train) if self.online else train,
             classes=classes if index == 0 else (),
             seen=classes,
-            labels=classes,
+            labels=labels,
             validation=validation,
             names=self._names,
             about={"domain": self._domains[index]},
@@ -114,7 +129,7 @@ class DomainIncremental(Scenario):
             hint = near_name(by, loaded.groupings) or f": it has {', '.join(loaded.groupings) or 'none'}"
             raise ConfigError(f"{KIND}: by names {by!r}, which is no grouping of this source{hint}")
         grouping = loaded.groupings[by]
-        order = arranged(grouping.names, self.order, seed, KIND)
+        order = arranged(grouping.names, self.order, seed, KIND, "domain")
         place = torch.empty(len(order), dtype=torch.int64)
         place[order] = torch.arange(len(order))
         train = by_task(place[grouping.train], len(order))
@@ -122,6 +137,14 @@ class DomainIncremental(Scenario):
         used = [index for index, rows in enumerate(train) if len(rows)]
         self._domains = [grouping.names[order[index]] for index in used]
         self._train_of, self._test_of = tuple(train[index] for index in used), tuple(test[index] for index in used)
+        if loaded.target == "class" and len(used) > 1:
+            occurs = torch.zeros(len(order), len(loaded.class_names), dtype=torch.bool)
+            occurs[place[grouping.train], loaded.train.targets] = True
+            if int(occurs.sum(0).max()) < 2:
+                raise ConfigError(
+                    f"{KIND}: no two groups of {by!r} share a class, so every domain would bring classes of its own: that is "
+                    "class_incremental (order: given, or classes by group)"
+                )
         unused = sum(map(len, test)) - sum(map(len, self._test_of))
         if unused:
             self.problems = {**loaded.problems, f"test samples in a group of {by!r} without training samples": unused}
@@ -135,7 +158,16 @@ class DomainIncremental(Scenario):
         if chosen not in images:
             there = ", ".join(images) or "none that fits"
             raise ConfigError(f"{KIND}: shift: {self.shift} changes images, and the source has {there}: set modality to one of them")
-        self._shifted = chosen
+        self._shifted, self._moves_masks = chosen, loaded.target == "mask" and images[chosen].kind == "image"
+        size = images[chosen].shape[-2:]
+        for masks in (loaded.train.targets, loaded.test.targets) if self._moves_masks else ():
+            if masks.shape[1:] != size:
+                there, its = (" x ".join(map(str, shape)) for shape in (size, masks.shape[1:]))
+                raise ConfigError(
+                    f"{KIND}: {chosen} is of {there} pixels and its masks are of {its}: shift moves both alike, so they must be of one size"
+                )
+        needs = needed(loaded.target)
+        self._loaded = replace(loaded, train=only(loaded.train, needs), test=only(loaded.test, needs))
         count = len(self.angles)
         self._stride = int(max(dataset.ids.max() for dataset in (loaded.train, loaded.test))) + 1
         if self.shift == "rotate":
@@ -156,25 +188,13 @@ class DomainIncremental(Scenario):
                 f"{KIND}: {count} domains are asked for and there are {len(loaded.train)} training samples to divide: take fewer"
             )
 
-    def _hold_back(self, seed: int) -> None:
-        self._validation_of: tuple[Tensor, ...] = ()
-        if not self.validation:
-            return
-        targets, kept, held = self._loaded.train.targets, [], []
-        for rows in self._train_of:
-            group = targets[rows] if self._loaded.target in ("class", "text") else torch.zeros(len(rows), dtype=torch.int64)
-            mine, theirs = split_by_class(group, self.validation, generator(seed, "validation"))  # the same where all tasks see all
-            kept.append(rows[mine])
-            held.append(rows[theirs])
-        self._train_of, self._validation_of = tuple(kept), tuple(held)
-
     def _view(self, dataset: Dataset, rows: Tensor, index: int) -> MapDataset:
-        view: MapDataset = Subset(dataset, rows)
+        view: MapDataset = Picked(dataset, rows)
         if self.shift is not None:
             modality = self._loaded.modalities[self._shifted]
             first = index * self._stride if self.share == "whole" else 0
             angle = self.angles[index] if self.shift == "rotate" else None
-            view = _Shifted(view, self._shifted, first, angle, self._permutation(index, modality))
+            view = _Shifted(view, self._shifted, first, angle, self._permutation(index, modality), self._moves_masks)
         return Told(view, index) if self.task_ids else view
 
     def _permutation(self, index: int, modality: Modality) -> Tensor | None:
@@ -183,23 +203,38 @@ class DomainIncremental(Scenario):
         return torch.randperm(math.prod(modality.shape[-2:]), generator=generator(self._seed, "permutation", index))
 
 
-class _Shifted(MapDataset):
-    """Samples whose images are turned, or whose pixels stand in another order; ids begin at `first`."""
+class _Shifted(View):
+    """Samples whose images are turned, or whose pixels stand in another order, their masks with them; ids begin at `first`."""
 
-    def __init__(self, dataset: MapDataset, name: str, first: int, angle: float | None, permutation: Tensor | None) -> None:
+    def __init__(
+        self, dataset: MapDataset, name: str, first: int, angle: float | None, permutation: Tensor | None, moves_masks: bool
+    ) -> None:
         self.dataset, self.name, self.first, self.angle, self.permutation = dataset, name, first, angle, permutation
-        self.targets, self.ids = dataset.targets, dataset.ids + first
+        self.moves_masks = moves_masks
         self.workers, self.in_memory = dataset.workers, dataset.in_memory
 
+    def _targets(self) -> Tensor:
+        own = self.dataset.targets
+        return torch.cat([self._moved(part) for part in own.split(CHUNK)]) if self.moves_masks and len(own) else own
+
+    def _ids(self) -> Tensor:
+        return self.dataset.ids + self.first
+
+    def _moved(self, masks: Tensor) -> Tensor:
+        if self.permutation is not None:
+            return permuted(masks, self.permutation)
+        return turned_masks(masks, self.angle) if self.angle else masks
+
     def _finish(self, batch: Batch) -> Batch:
-        values = batch.inputs[self.name]
+        values, target = batch.inputs[self.name], batch.target
         assert isinstance(values, Tensor)
         if self.permutation is not None:
-            flat = values.flatten(-2) if values.dim() > 2 else values
-            values = flat.index_select(-1, self.permutation).reshape(values.shape)
+            values = permuted(values, self.permutation)
         elif self.angle:
             values = turned(values, self.angle)
-        return batch.replace(inputs={**batch.inputs, self.name: values}, ids=batch.ids + self.first)
+        if self.moves_masks and target is not None:
+            target = self._moved(target)
+        return batch.replace(inputs={**batch.inputs, self.name: values}, target=target, ids=batch.ids + self.first)
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return self._finish(self.dataset[indices])
@@ -210,11 +245,26 @@ class _Shifted(MapDataset):
         return map(self._finish, self.dataset.read(order, size))
 
 
+def permuted(values: Tensor, order: Tensor) -> Tensor:
+    """Images, masks or vectors (batch, ...) with their pixels in another order, the same in every channel."""
+    flat = values.flatten(-2) if values.dim() > 2 else values
+    return flat.index_select(-1, order).reshape(values.shape)
+
+
 def turned(images: Tensor, angle: float) -> Tensor:
     """Images (batch, channels, height, width) turned anticlockwise about their centre, bilinear; what comes from outside is 0."""
+    result = _sampled(images.float(), angle, "bilinear")
+    return result if images.is_floating_point() else result.round().to(images.dtype)
+
+
+def turned_masks(masks: Tensor, angle: float) -> Tensor:
+    """Masks (batch, height, width) turned alike, to the nearest pixel; what comes from outside is not annotated."""
+    return (_sampled(masks[:, None].float() - UNKNOWN, angle, "nearest")[:, 0] + UNKNOWN).round().to(masks.dtype)
+
+
+def _sampled(images: Tensor, angle: float, mode: str) -> Tensor:
     height, width = images.shape[-2:]
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     theta = torch.tensor([[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]]).expand(len(images), 2, 3)
     grid = affine_grid(theta, list(images.shape), align_corners=False)
-    result = grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return result if images.is_floating_point() else result.round().to(images.dtype)
+    return grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)

@@ -8,9 +8,9 @@ multiple-depth stream; `levels: [coarse], tasks: [1, 5]` is the single-depth one
 coarse labels. `dual: true` also tells each finer training sample's coarser labels (`extra["parents"]`, a column for each level above
 the classes, -1 where a level is not told): the dual-label variant.
 
-The labels of all levels are classes of one stream, numbered as they arrive; `task.level` and `task.parents` (class -> its parent's
-number) tell how they hang together. What is scored of a task is decided among the classes of its own level that were seen, as the
-published per-level accuracy is: a coarse label never competes with its own children.
+The labels of all levels are classes of one stream, numbered as they arrive; `task.level` (1 is the coarsest) and `task.parents` (class
+-> its parent's number) tell how they hang together. What is scored of a task is decided among the classes of its own level that were
+seen, as the published per-level accuracy is: a coarse label never competes with its own children.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from streamcl.data import MapDataset, SinglePass, Subset, split_by_class
 from streamcl.errors import ConfigError, DataError
 from streamcl.options import PositiveInt
 from streamcl.plugins import near_name
-from streamcl.seeding import generator
+from streamcl.seeding import derived, generator
 from streamcl.stream import Batch, Dataset, Scenario, Source, SourceData, StreamInfo, Task
 
 from ._division import by_task, listing, need_target, need_test, numbered
@@ -95,7 +95,7 @@ class Hierarchical(Scenario):
             labels=tuple(range(known, reached)),
             validation=validation,
             names=dict(enumerate(self._names[:reached])),
-            about={"level": level, "parents": {c: p for c, p in self._parents.items() if c < reached}},
+            about={"level": level + 1, "parents": {c: p for c, p in self._parents.items() if c < reached}},
         )
 
     def test(self, task: Task, after: Task) -> Dataset | None:
@@ -104,7 +104,7 @@ class Hierarchical(Scenario):
             return None
         level = self._level_of_task[task.index]
         test = Subset(self._test, rows, targets=self._number[level, self._test.targets[rows]])  # parents would tell half the answer
-        test.among = tuple(c for c in after.seen if self._level_of_class[c] == task.level)
+        test.among = tuple(c for c in after.seen if self._level_of_class[c] + 1 == task.level)
         return test
 
     def files(self) -> list[str]:
@@ -160,7 +160,9 @@ class Hierarchical(Scenario):
                         "each label has one parent"
                     )
             labels = sorted(parent_of)
-            shuffled = np.random.RandomState((seed + level) % 2**32).permutation(len(labels)).tolist()
+            # The first level has the published permutation; seed + level would give a level the one of another seed's level above.
+            own = derived(seed, "level", level) if level else seed
+            shuffled = np.random.RandomState(own % 2**32).permutation(len(labels)).tolist()
             order = sorted((labels[place] for place in shuffled), key=lambda label: parent_of[label])  # stable: children stay shuffled
             groups = self._together(order, parent_of, count, level)
             for group in groups:

@@ -6,37 +6,43 @@
 prompts, CVPR 2023) fix them: their `both` at 70 % is `{text: 0.35, image: 0.35}`. The protocol of MPLMM (ACL 2024) for three modalities
 at 60 % is a share of 0.1 for each of the six incomplete patterns; it draws anew at every access, in testing too, so that its scores
 are random, and here the table is fixed. With `draws: independent` a pattern gives each modality's own rate and the samples lose them
-independently; one that would lose everything keeps one modality at random.
+independently, given that none loses everything: each modality is absent at the rate that was asked for, which needs rates of which at
+least one modality per sample is left ({image: 0.7, text: 0.7} leaves 0.6).
 
 `divide` says what a task's samples are: `samples` (each task its own part of the data, all classes in each: the continual protocol
 of CMMM, NAACL 2025), `classes` (each task brings classes), or `all` (each task sees everything again, under its own pattern and
 with ids of its own). `test` is the pattern of what is scored: that of the task (`own`), `complete`, or a pattern for all.
-`train_complete: true` trains on complete data and leaves modalities out only in testing.
+`train_complete: true` trains on complete data and leaves modalities out only in testing. Where every task is tested on all test samples,
+these copies have ids of their own as well, and the source's id in `extra["source_id"]`.
 
 An absent value cannot be read by accident: it is NaN in numbers, 0 in integers and "" in text, and masked in `Batch.present`. In
 `task.missing` stands the pattern, and in `extra["missing"]` of every sample a bit mask of what it lacks, bit i for the i-th modality
 in alphabetical order. What the source lacks itself stays absent, on top of the pattern; a sample that would be left with nothing keeps
-what the source has of it.
+what the source has of it. `extra` holds nothing else but what the target needs (answers in words, and how they are checked), and in
+training an answer that is the absent text itself, word for word, is blank as well.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamcl.data import MapDataset, Masked, SinglePass, Subset, split_by_class
+from streamcl.data import MapDataset, SinglePass, View, blanked
 from streamcl.errors import ConfigError
 from streamcl.options import Fraction
 from streamcl.plugins import near_name
 from streamcl.seeding import generator
-from streamcl.stream import Batch, Dataset, Modality, Scenario, Source, StreamInfo, Task
+from streamcl.stream import Batch, Column, Dataset, Modality, Scenario, Source, StreamInfo, Task
 
-from ._division import arranged, by_task, listing, need_target, need_test, need_training_samples
+from ._division import arranged, by_task, held_back, listing, need_target, need_test, need_training_samples
 from ._targets import all_classes, stream_info
+from ._views import Picked, fitted, needed, only
 
 KIND = "missing_modality"
 Pattern = dict[str, float]
@@ -83,7 +89,9 @@ class MissingModality(Scenario):
         loaded = self.data.load()
         need_test(loaded, KIND)
         assert loaded.test is not None
-        self.problems, self._loaded, self._seed = loaded.problems, loaded, seed
+        needs = needed(loaded.target)
+        self.problems, self._seed = loaded.problems, seed
+        self._loaded = replace(loaded, train=only(loaded.train, needs), test=only(loaded.test, needs))
         self._modalities = sorted(loaded.modalities)
         patterns = [*self.missing, *([self.test_pattern] if isinstance(self.test_pattern, dict) else [])]
         for pattern in patterns:
@@ -119,7 +127,10 @@ class MissingModality(Scenario):
                 if tasks > len(shuffled):
                     raise ConfigError(f"{KIND}: {tasks} patterns and only {len(shuffled)} training samples to divide: take fewer tasks")
         self._stride = int(max(dataset.ids.max() for dataset in (loaded.train, loaded.test))) + 1
-        self._hold_back(seed)
+        self._validation_of: tuple[Tensor, ...] = ()
+        if self.validation:
+            among = loaded.train.targets if loaded.target in ("class", "text") else None
+            self._train_of, self._validation_of = held_back(self._train_of, among, self.validation, seed)
         self.info = stream_info(loaded, tasks=tasks, passes=1 if self.online else None)
         if self.divide == "classes":
             self.info = StreamInfo(**{**vars(self.info), "class_names": tuple(self._names.values())})
@@ -169,42 +180,38 @@ class MissingModality(Scenario):
                 raise ConfigError(f"{KIND}: {unknown[0]!r} is no modality of this source{hint}")
             if set(names) == set(modalities):
                 raise ConfigError(f"{KIND}: {key} is all that this source has: a sample must keep a modality")
-
-    def _hold_back(self, seed: int) -> None:
-        self._validation_of: tuple[Tensor, ...] = ()
-        if not self.validation:
-            return
-        targets, kept, held = self._loaded.train.targets, [], []
-        for rows in self._train_of:
-            group = targets[rows] if self._loaded.target in ("class", "text") else torch.zeros(len(rows), dtype=torch.int64)
-            mine, theirs = split_by_class(group, self.validation, generator(seed, "validation"))  # the same where all tasks see all
-            kept.append(rows[mine])
-            held.append(rows[theirs])
-        self._train_of, self._validation_of = tuple(kept), tuple(held)
+        left = sum(1 - pattern.get(name, 0.0) for name in modalities)
+        if self.draws == "independent" and left < 1 - 1e-9:
+            raise ConfigError(
+                f"{KIND}: the rates {', '.join(f'{name}: {rate:g}' for name, rate in pattern.items())} leave {left:g} of a modality per "
+                "sample, and every sample keeps one: lower them until at least 1 is left"
+            )
 
     def _view(self, dataset: Dataset, rows: Tensor, index: int, pattern: Pattern, part: str) -> MapDataset:
-        view: MapDataset = Subset(dataset, rows, self._relabel)
+        code = fitted(torch.zeros(len(rows), dtype=torch.uint8), 2 ** len(self._modalities))
         lost = self._table(len(rows), pattern, generator(self._seed, "missing", part, index))  # (samples, modalities)
         own: Mapping[str, Tensor] = getattr(dataset, "present", None) or {}
-        lacking = torch.stack(
-            [~own[name][rows] if name in own else torch.zeros(len(rows), dtype=torch.bool) for name in self._modalities], 1
+        if own:
+            lacking = torch.zeros_like(lost)
+            for place, name in enumerate(self._modalities):
+                if name in own:
+                    lacking[:, place] = ~own[name][rows]
+            lost &= ~(lost | lacking).all(dim=1, keepdim=True)
+            lost |= lacking
+        for place in range(len(self._modalities)):
+            code += lost[:, place].to(code.dtype) << place
+        tested = part == "test"
+        copied = self.divide == "all" or (tested and self.divide == "samples")
+        return _Incomplete(
+            Picked(dataset, rows, self._relabel), self._modalities, code, index * self._stride if copied else 0, copied and tested
         )
-        lost &= ~(lost | lacking).all(dim=1, keepdim=True)
-        first = index * self._stride if self.divide == "all" and part != "test" else 0
-        masked = Masked(view, {name: ~lost[:, place] for place, name in enumerate(self._modalities)})
-        return _Incomplete(masked, lost | lacking, first)
 
     def _table(self, count: int, pattern: Pattern, draw: torch.Generator) -> Tensor:
         """Which sample lacks which modality."""
         lost = torch.zeros(count, len(self._modalities), dtype=torch.bool)
         place = {name: position for position, name in enumerate(self._modalities)}
         if self.draws == "independent":
-            rates = torch.tensor([pattern.get(name, 0.0) for name in self._modalities])
-            lost = torch.rand(lost.shape, generator=draw) < rates
-            kept = torch.rand(lost.shape, generator=draw).argmax(dim=1)
-            empty = lost.all(dim=1).nonzero().squeeze(1)
-            lost[empty, kept[empty]] = False
-            return lost
+            return lost_independently([pattern.get(name, 0.0) for name in self._modalities], count, draw)
         shuffled = torch.randperm(count, generator=draw)
         ends = [0, *(np.cumsum(list(pattern.values())) * count + 0.5).astype(int).tolist()]
         for key, first, last in zip(pattern, ends, ends[1:], strict=False):
@@ -213,18 +220,67 @@ class MissingModality(Scenario):
         return lost
 
 
-class _Incomplete(MapDataset):
-    """Samples with a bit mask of what they lack; ids begin at `first`."""
+def lost_independently(rates: list[float], count: int, draw: torch.Generator) -> Tensor:
+    """Which sample lacks what  # (count, modalities): each at its rate, independently, given that no sample loses everything.
 
-    def __init__(self, dataset: Masked, lost: Tensor, first: int) -> None:
-        self.dataset, self.first, self.targets, self.ids = dataset, first, dataset.targets, dataset.ids + first
+    Modality m would be lost with p[m]; given that not all are, it is with (p[m] - q) / (1 - q), where q is the product of p. That this be
+    rates[m] needs 1 - p[m] = (1 - rates[m]) (1 - q), which leaves one unknown, s = 1 - q: s = 1 - prod(1 - (1 - rates[m]) s).
+    """
+    keeps = [1 - rate for rate in rates]
+    low, high = 0.0, 1.0  # the right side is concave in s and 0 at 0: above s before the solution, and below it after
+    while max(keeps) < 1 and (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if _any_kept(keeps, middle) >= middle else (low, middle)
+    at_edge = high < 1e-12  # the rates leave exactly one: s is 0, and what remains is in which proportion the one is kept
+    alone = torch.ones(count, dtype=torch.bool)  # has lost everything so far
+    lost = torch.empty(count, len(rates), dtype=torch.bool)
+    for place, keep in enumerate(keeps):
+        rest = keeps[place:]
+        first = float(keep > 0)  # the probability that this one is kept where none was before: for the last it is certain
+        if any(rest[1:]):
+            first = keep / sum(rest) if at_edge else keep * high / _any_kept(rest, high)
+        chance = torch.where(alone, 1 - first, 1 - keep * high)
+        lost[:, place] = torch.rand(count, generator=draw, dtype=torch.float64) < chance
+        alone &= lost[:, place]
+    return lost
+
+
+def _any_kept(keeps: list[float], s: float) -> float:
+    """The probability that any modality is kept, where each is by itself with keep * s."""
+    return -math.expm1(sum(math.log1p(-keep * s) if keep * s < 1 else -math.inf for keep in keeps))
+
+
+class _Incomplete(View):
+    """Samples that lack modalities, and a bit mask of which; ids begin at `first`. All that a task holds of its own is the mask.
+
+    `tested`: a copy for testing, which tells the source's id, and of which only the engine sees the answers.
+    """
+
+    def __init__(self, dataset: Picked, modalities: list[str], code: Tensor, first: int, tested: bool) -> None:
+        self.dataset, self.modalities, self.code, self.first, self.tested = dataset, modalities, code, first, tested
         self.workers, self.in_memory = dataset.workers, dataset.in_memory
-        self.code = (lost * 2 ** torch.arange(lost.shape[1])).sum(dim=1)
+
+    def _ids(self) -> Tensor:
+        return self.dataset.ids + self.first
 
     def _finish(self, batch: Batch, indices: Tensor) -> Batch:
-        ids = self.ids.index_select(0, indices) if self.first else batch.ids
-        extra = {**batch.extra, "missing": self.code.index_select(0, indices)}
-        return Batch(batch.inputs, batch.target, ids, batch.present, batch.task, extra)
+        code = self.code.index_select(0, indices).long()
+        present = dict(batch.present or {})
+        for place, name in enumerate(self.modalities):
+            mine = (code >> place) & 1 == 0
+            present[name] = mine & present[name] if name in present else mine
+        inputs = {name: blanked(values, present.get(name), owned=self.in_memory) for name, values in batch.inputs.items()}
+        extra = {name: column if self.tested else self._without_copies(column, batch, present) for name, column in batch.extra.items()}
+        if self.tested:
+            extra["source_id"] = batch.ids
+        return Batch(inputs, batch.target, batch.ids + self.first, present, batch.task, {**extra, "missing": code})
+
+    def _without_copies(self, column: Column, batch: Batch, present: Mapping[str, Tensor]) -> Column:
+        """A column of texts without those that repeat a text which is absent."""
+        for name, values in batch.inputs.items():
+            if isinstance(values, list) and isinstance(column, list) and not bool(present[name].all()):
+                rows = zip(column, values, present[name].tolist(), strict=True)
+                column = ["" if not there and said == value else said for said, value, there in rows]
+        return column
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return self._finish(self.dataset[indices], indices)

@@ -7,9 +7,12 @@ earlier classes as of those that have not come, is -1, which means unknown and n
 the first of its tasks only; this is another protocol with other numbers.) After a task the test samples are those with at least
 one class seen so far, with the complete truth over the classes seen.
 
-Annotations may be made worse, from the seed: `partial: 0.5` hides this share of them at random; `single_positive` keeps one positive
-label per sample and task and hides everything else; `wrong: 0.1` turns this share of the labels round. They touch the training
-data only; validation and test stay true.
+Annotations may be made worse, from the seed: `partial: 0.5` hides this share of them at random; `single_positive` keeps one true
+positive label per sample and task and hides everything else (Cole et al., CVPR 2021; what it keeps is right, so it goes with neither of the
+others); `wrong: 0.1` turns this share of the labels round, before any are hidden. They touch the training data only; validation and
+test stay true. A sample of which `partial` hides every label stays in its task without any: `task.unannotated` counts them.
+
+Of what a source says beside its samples (`extra`) nothing is handed on that may tell a label that is not annotated.
 
 Scored by `map` (mean average precision), `cf1`, `macro_f1` and `of1`. A label counts as given from a probability of `threshold`: 0.5
 suits scores that were trained by binary cross-entropy, and the published tables use 0.8 on scores of the asymmetric loss. What those
@@ -33,6 +36,7 @@ from streamcl.seeding import generator
 from streamcl.stream import Dataset, StreamInfo, Task
 
 from ._division import DividedByClass, listing, need_target, need_test, need_training_samples
+from ._views import needed, only
 
 BLOCK = 2**21  # labels that are looked through at a time
 
@@ -58,6 +62,8 @@ class MultiLabel(DividedByClass):
         super().__init__(order=order, **options)
         if single_positive and partial:
             raise ConfigError("multi_label: single_positive already hides all labels but one: leave out partial")
+        if single_positive and wrong:
+            raise ConfigError("multi_label: single_positive keeps one label, a true one, and leaves none to turn round: leave out wrong")
         if partial == 1:
             raise ConfigError("multi_label: partial is 1, which hides every label: below 1 is needed")
         self.occurrences, self.partial, self.single_positive, self.wrong = occurrences, partial, single_positive, wrong
@@ -69,7 +75,8 @@ class MultiLabel(DividedByClass):
         need_test(loaded, self.kind)
         assert loaded.test is not None
         self.divide(loaded, seed)
-        self._train, self._test, self._seed = loaded.train, loaded.test, seed
+        told = needed(loaded.target)
+        self._train, self._test, self._seed = only(loaded.train, told), only(loaded.test, told), seed
         self._deal(loaded.train.targets, loaded.test.targets, seed)
         self.info = StreamInfo(
             modalities=loaded.modalities,
@@ -87,7 +94,9 @@ class MultiLabel(DividedByClass):
     def task(self, index: int) -> Task:
         classes = self.new_classes(index)
         rows, targets = self._annotated(self._train_of[index], index)
-        train: Dataset = Subset(self._train, rows, targets=self._worsened(targets, index))
+        targets = self._worsened(targets, index)
+        train: Dataset = Subset(self._train, rows, targets=targets)
+        about = {"unannotated": int((targets == -1).all(dim=1).sum())} if self.partial else {}
         validation = None
         if self.validation:
             rows, targets = self._annotated(self._validation_of[index], index)
@@ -101,6 +110,7 @@ class MultiLabel(DividedByClass):
             labels=classes,
             validation=validation,
             names=self.names_until(index),
+            about=about,
         )
 
     def test(self, task: Task, after: Task) -> Dataset | None:

@@ -11,7 +11,8 @@ shifted, a quarter has all corrupted, and a quarter lacks a modality; SuMi's own
 
 The samples are those of the source's test part. A task's `train` has no targets and no other column beside the inputs. Its labelled
 twin, which only the engine gets and which exists while the task is the current one, has the same samples in the same order, with
-their `domain`, `severity` and `strength` (clean, weak: one modality is corrupted, strong: several are or one is absent).
+their `domain`, `severity` and `strength` (clean, weak: one modality is corrupted, strong: several are or one is absent), and the source's
+own id (`source_id`). The stream numbers its samples by itself, segment after segment, so that no two ever have the same id.
 
 The order of the samples is part of the stream: read them in order, without shuffling. Corruptions are drawn for blocks of 64 positions,
 each with random numbers of its own, so that the stream is the same, byte for byte, in batches of any size and after a restart.
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from streamcl.corruptions import SEVERITIES
-from streamcl.data import Masked, Subset, Unlabelled
+from streamcl.data import Masked, Unlabelled
 from streamcl.errors import ConfigError
 from streamcl.options import Fraction, PositiveFloat, PositiveInt
 from streamcl.seeding import generator
@@ -41,6 +42,9 @@ from ._shifts import absence, arrival, choice
 from ._shifts.domains import CLEAN, GRADUAL, STRENGTHS, Combine, Segment, Shift, dealt, domains, segments
 from ._shifts.served import Corruptor, Served
 from ._targets import all_classes, stream_info
+from ._views import Picked, fitted
+
+MOST = 2**40  # ids from here on are those of samples that are fed to a run
 
 
 class TestTime(Scenario):
@@ -137,6 +141,13 @@ class TestTime(Scenario):
         self._seed, self.problems = seed, loaded.problems
         self._renumber(loaded, seed)
         self._segments = self._planned(chosen, seed)
+        if len(self._segments) * self._count > MOST:
+            raise ConfigError(
+                f"test_time: {len(self._segments)} segments of {self._count} samples are more than the {MOST} that can be numbered: "
+                "take fewer samples or rounds"
+            )
+        self._last: tuple[int, _Arranged] | None = None
+        self._by_class: Tensor | None = None
         self.info = replace(
             stream_info(loaded, tasks=len(self._segments), passes=1, test_time=True), class_names=tuple(self._names.values())
         )
@@ -206,34 +217,46 @@ class TestTime(Scenario):
     # -- what is served ----------------------------------------------------------------------------------------------------------
 
     def _arranged(self, index: int) -> _Arranged:
-        segment = self._segments[index]
-        ordered = self._ordered(index, self._count if segment.place is not None else round(self.clean * self._count))
-        which = dealt(segment, len(ordered), generator(self._seed, "shifts", index))
-        return _Arranged(ordered, which, self._presence(index, len(ordered), which))
+        """The last one is kept: the engine asks for the test set of the task that it was just given."""
+        if self._last is None or self._last[0] != index:
+            segment = self._segments[index]
+            rows = self._ordered(index, self._count if segment.place is not None else round(self.clean * self._count))
+            which = dealt(segment, len(rows), generator(self._seed, "shifts", index))
+            masks = self._presence(index, len(rows), which)
+            samples = Picked(self._served, rows.int() if len(self._served) < 2**31 else rows, self._relabel)
+            self._last = index, _Arranged(samples, None if which is None else fitted(which, len(segment.shifts)), masks)
+        return self._last[1]
 
     def _view(self, index: int, arranged: _Arranged, told: _Told | None = None) -> Dataset:
         """The samples of a segment in the order in which they are served."""
         shifts = self._segments[index].shifts
         touched = {name: m for name, m in self._corrupted.items() if any(name in shift.corruptions for shift in shifts)}
         corruptor = Corruptor(shifts, touched, self._rates, self.table, self.device, self._seed, index) if touched else None
-        served = Served(arranged.samples, corruptor, arranged.which, told)
+        served = Served(arranged.samples, corruptor, arranged.which, told, first=index * self._count)
         return Masked(served, arranged.masks) if arranged.masks else served
 
-    def _ordered(self, index: int, count: int) -> Subset:
+    def _ordered(self, index: int, count: int) -> Tensor:
+        """The rows of the source that are served, in their order."""
         purpose = ("serve", index)
-        # Blocks choose themselves which samples come how often; in the other orders a sample is picked first, then placed.
-        picked = arrival.independent(len(self._served), len(self._served) if self.labels == "blocks" else count, self._seed, purpose)
+        if self.labels == "blocks":
+            return self._in_blocks(count, purpose)
+        picked = arrival.independent(len(self._served), count, self._seed, purpose)
         if self.labels == "iid":
-            return Subset(self._served, picked, self._relabel)
+            return picked
         assert self._relabel is not None
         numbers, classes = self._relabel[self._served.targets[picked]], len(self._names)
         if self.labels == "ordered":
-            places = arrival.sorted_by_class(numbers)
-        elif self.labels == "dirichlet":
-            places = arrival.correlated(numbers, classes, self.alpha, self.slots or min(classes, 100), self._seed, purpose)
-        else:
-            places = arrival.in_blocks(numbers, classes, count, self.ratio, self._seed, purpose)
-        return Subset(self._served, picked[places], self._relabel)
+            return picked[arrival.sorted_by_class(numbers)]
+        return picked[arrival.correlated(numbers, classes, self.alpha, self.slots or min(classes, 100), self._seed, purpose)]
+
+    def _in_blocks(self, count: int, purpose: arrival.Purpose) -> Tensor:
+        assert self._relabel is not None
+        if self._by_class is None:  # the source is put in order once for all segments
+            numbers = self._relabel[self._served.targets]
+            self._by_class, self._counts = numbers.argsort(stable=True), torch.bincount(numbers, minlength=len(self._names))
+        wanted = arrival.in_blocks(self._counts.nonzero().squeeze(1), count, self.ratio, self._seed, purpose)
+        starts = self._counts.cumsum(0) - self._counts
+        return self._by_class[starts[wanted] + arrival.one_of_each(wanted, self._counts, self._seed, purpose)]
 
     def _presence(self, index: int, count: int, which: Tensor | None) -> dict[str, Tensor]:
         """Which positions have a modality, for those that the stream takes away."""
@@ -253,7 +276,7 @@ class TestTime(Scenario):
 class _Arranged:
     """The samples of a segment in their order, which of its shifts each has, and who lacks which modality."""
 
-    samples: Subset
+    samples: Picked
     which: Tensor | None
     masks: dict[str, Tensor]
 
@@ -267,7 +290,7 @@ class _Told:
         self.impaired = torch.tensor([len(shift.corruptions) for shift in shifts])
 
     def __call__(self, positions: Tensor) -> dict[str, Column]:
-        shift = torch.zeros_like(positions) if self.which is None else self.which[positions]
+        shift = torch.zeros_like(positions) if self.which is None else self.which[positions].long()
         strength = self.impaired[shift].clamp(max=2)
         for mask in self.masks.values():
             strength = strength.masked_fill(~mask[positions], 2)

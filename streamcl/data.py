@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,12 +35,15 @@ class MapDataset:
         if self.in_memory:
             yield from self._together(order, size)
             return
-        plan = order.split(size) if len(order) else ()
+        yield from self._ahead(self.__getitem__, order.split(size) if len(order) else ())
+
+    def _ahead(self, work: Callable[[Tensor], Any], plan: Sequence[Tensor]) -> Iterator[Any]:
+        """What `work` makes of each part of the plan, ahead of time in other processes where there are workers."""
         if self.workers == 0 or len(plan) < 2:
-            yield from map(self.__getitem__, plan)
+            yield from map(work, plan)
             return
         loader: DataLoader = DataLoader(
-            _Guarded(self),  # type: ignore[arg-type]
+            _Guarded(work),  # type: ignore[arg-type]
             sampler=plan,
             batch_size=None,
             num_workers=min(self.workers, len(plan)),
@@ -142,8 +145,19 @@ class FileDataset(MapDataset):
         _check_lengths(len(targets), self.extra, present or {}, {"ids": self.ids})
 
     def __getitem__(self, indices: Tensor) -> Batch:
+        return self._completed(self._decoded(indices), indices)
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        plan = order.split(size) if len(order) else ()
+        # What lies in memory here is looked up here: every tensor that a worker hands over costs as much as a few small images.
+        return map(self._completed, self._ahead(self._decoded, plan), plan)
+
+    def _decoded(self, indices: Tensor) -> dict[str, Column]:
+        return self.decode(indices.tolist())
+
+    def _completed(self, inputs: dict[str, Column], indices: Tensor) -> Batch:
         return Batch(
-            self.decode(indices.tolist()),
+            inputs,
             self.targets.index_select(0, indices),
             self.ids.index_select(0, indices),
             None if self.present is None else {name: mask.index_select(0, indices) for name, mask in self.present.items()},
@@ -155,12 +169,12 @@ class FileDataset(MapDataset):
 class _Guarded:
     """Hands an error for the person back as a value: raised in a worker, it would arrive wrapped in the worker's traceback."""
 
-    def __init__(self, dataset: MapDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, work: Callable[[Tensor], Any]) -> None:
+        self.work = work
 
-    def __getitem__(self, indices: Tensor) -> Batch | StreamclError:
+    def __getitem__(self, indices: Tensor) -> Any:
         try:
-            return self.dataset[indices]
+            return self.work(indices)
         except StreamclError as error:
             return error
 
@@ -193,7 +207,7 @@ class Subset(MapDataset):
 
     def __getitem__(self, indices: Tensor) -> Batch:
         rows = self.indices.index_select(0, indices)
-        if type(self.dataset) is ArrayDataset:
+        if type(self) is Subset and type(self.dataset) is ArrayDataset:  # another kind of subset has more to finish
             return self.dataset.labelled(rows, self.targets.index_select(0, indices))
         return self._finish(self.dataset[rows], indices)
 
@@ -241,14 +255,34 @@ class Joined(MapDataset):
         return Batch.cat(pieces)[torch.cat(places).argsort()]
 
 
-class Masked(MapDataset):
+class View(MapDataset):
+    """What is read of another data set, changed on the way. Its targets and ids are looked up where they are asked for and not held
+    a second time, so that many tasks of many samples may be alive at once."""
+
+    dataset: Dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _targets(self) -> Tensor:
+        return self.dataset.targets
+
+    def _ids(self) -> Tensor:
+        return self.dataset.ids
+
+    if not TYPE_CHECKING:  # to a type checker they are the plain attributes of every data set
+        targets = property(lambda self: self._targets())
+        ids = property(lambda self: self._ids())
+
+
+class Masked(View):
     """Samples of which some lack a modality: `present` says which have it, and the value of one that is absent cannot be read.
 
     It is NaN in floats, 0 in integers, "" in text. What the data set lacks itself stays absent.
     """
 
     def __init__(self, dataset: Dataset, present: dict[str, Tensor]) -> None:
-        self.dataset, self.present, self.targets, self.ids = dataset, present, dataset.targets, dataset.ids
+        self.dataset, self.present = dataset, present
         self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
 
     def _finish(self, batch: Batch, indices: Tensor) -> Batch:
@@ -285,11 +319,11 @@ def blanked(values: Column, present: Tensor | None, owned: bool = False) -> Colu
     return left
 
 
-class Told(MapDataset):
+class Told(View):
     """Samples with the number of their task, as a task-incremental protocol tells it."""
 
     def __init__(self, dataset: Dataset, task: int) -> None:
-        self.dataset, self.task, self.targets, self.ids = dataset, task, dataset.targets, dataset.ids
+        self.dataset, self.task = dataset, task
         self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
 
     def _finish(self, batch: Batch) -> Batch:
@@ -304,12 +338,15 @@ class Told(MapDataset):
         return map(self._finish, self.dataset.read(order, size))
 
 
-class Unlabelled(MapDataset):
+class Unlabelled(View):
     """Samples without their targets, as a deployed model is served them."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.dataset, self.ids = dataset, dataset.ids
+        self.dataset = dataset
         self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
+
+    def _targets(self) -> Tensor:
+        raise AttributeError("these samples are served without their targets")
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return self.dataset[indices].replace(target=None)
@@ -320,11 +357,11 @@ class Unlabelled(MapDataset):
         return (batch.replace(target=None) for batch in self.dataset.read(order, size))
 
 
-class SinglePass(MapDataset):
+class SinglePass(View):
     """Samples that may be read once, as in an online stream: a second reading is an error that says so."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.dataset, self.targets, self.ids = dataset, dataset.targets, dataset.ids
+        self.dataset = dataset
         self.read_already = np.zeros(len(dataset), dtype=bool)
 
     def _mark(self, indices: Tensor) -> None:
@@ -386,6 +423,7 @@ __all__ = [
     "Subset",
     "Told",
     "Unlabelled",
+    "View",
     "blanked",
     "check_finite",
     "join",

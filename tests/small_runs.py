@@ -19,8 +19,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "slda": {"model": {"backbone": "identity"}},
     "simplecil": {"model": {"backbone": "identity"}},
     "fecam": {"model": {"backbone": "identity"}},
-    "bic": {"strategy": {"epochs": 2, "batch": 32}},
-    "memo": {"strategy": {"epochs": 2, "batch": 32}},
+    "bic": {"strategy": {"epochs": 2, "batch": 32, "bias_epochs": 20}},
+    "memo": {"strategy": {"epochs": 2, "batch": 32}, "model": {"backbone": {"name": "mlp", "hidden": [32, 16]}}},
     "derpp": {"strategy": {"epochs": 2}},
     "er_ace": {"strategy": {"epochs": 2}},
 }

@@ -71,6 +71,26 @@ def test_the_words_of_a_concept_as_written_by_hand() -> None:
     assert read(cat.train).extra["caption"] == ["one <v2*> animal"] * 5
 
 
+class Counted(str):
+    """A prompt that counts how often something is put into it."""
+
+    filled = 0
+
+    def replace(self, *given: Any) -> Any:
+        Counted.filled += 1
+        return super().replace(*given)
+
+
+def test_joint_prompts_are_made_for_their_own_task_alone() -> None:
+    Counted.filled = 0
+    scenario = opened(Concepts, Toy(torch.arange(40).repeat(2), modalities=("image",), test=[]), images=2)
+    scenario.joint_prompts = (Counted("{0} and {1}"),)  # type: ignore[attr-defined]
+    scenario.open(0)
+    assert Counted.filled == 0
+    assert len(scenario.task(30).concepts[0]["joint_prompts"]) == 30 and Counted.filled == 1
+    assert scenario.task(30).concepts == scenario.task(30).concepts
+
+
 def test_a_word_may_be_given_for_each_concept_or_be_none() -> None:
     words = {"cat": "feline", "dog": "canine", "owl": ""}
     assert [task.concepts[0]["phrase"] for task in opened(Concepts, pets(), word=words)] == ["<new1> feline", "<new2> canine", "<new3>"]

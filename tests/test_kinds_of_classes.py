@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from streamcl.scenarios.blurry import Blurry
 from streamcl.scenarios.class_incremental import ClassIncremental
-from streamcl.scenarios.domain_incremental import DomainIncremental, turned
+from streamcl.scenarios.domain_incremental import DomainIncremental, turned, turned_masks
 from streamcl.scenarios.hierarchical import Hierarchical
 from torch import Tensor
 from toy_streams import Toy, assert_repeatable, ids, opened, read
 
+from streamcl.data import ArrayDataset
 from streamcl.errors import ConfigError, DataError
-from streamcl.stream import Grouping, Scenario, Task
+from streamcl.seeding import derived
+from streamcl.stream import Grouping, Modality, Scenario, Source, SourceData, Task
 
 COUNTS = [9, 12, 7, 10, 8, 11]  # samples of each class
 TARGETS = [c for c, count in enumerate(COUNTS) for _ in range(count)]
@@ -208,6 +212,29 @@ def test_strays_are_dealt_out_over_all_tasks_alike() -> None:
             assert abs(there - 50) <= 5 * (200 * 0.25 * 0.75) ** 0.5, "a quarter of the 200 that each other task gives"
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.sampled_from([0.05, 0.1, 0.29, 0.3, 0.7, 0.9, 1.0]), st.integers(0, 999))
+def test_random_sizes_give_away_exactly_the_share_that_is_asked_for(tasks: int, blurry: float, seed: int) -> None:
+    targets = torch.arange(12).repeat_interleave(100)
+    try:
+        scenario = opened(Blurry, Toy(targets), seed, tasks=tasks, disjoint=0.5, blurry=blurry)
+    except ConfigError as error:
+        assert "would have no sample" in str(error)
+        assume(False)
+    given: Tensor = scenario.given  # type: ignore[attr-defined]
+    own: Tensor = scenario.own  # type: ignore[attr-defined]
+    total = round(600 * blurry)
+    strays = np.random.RandomState(seed).permutation(12)[6:].tolist()  # the later half in the order of the seed is blurry
+    held = 100 * torch.bincount(own[strays], minlength=tasks)
+    assert int(given.sum()) == total and (given >= 0).all() and (given <= held).all()
+    home = torch.tensor([own[targets[task.train.ids]].eq(task.index).sum() for task in scenario])
+    assert [len(task.train) for task in scenario.past()] == torch.bincount(own[targets], minlength=tasks).tolist(), "as many back as given"
+    away = sum(len(task.train) for task in scenario.past()) - int(home.sum())
+    chance = given.double() / total  # of a dealt sample to come into each task: of those that a task gave, this share is back home
+    back, spread = float((given * chance).sum()), float((given * chance * (1 - chance)).sum()) ** 0.5
+    assert abs(total - away - back) <= 5 * spread + 1e-6
+
+
 def test_random_sizes_give_away_no_more_than_the_share_and_vary() -> None:
     targets = torch.arange(10).repeat_interleave(50)
     new, sizes = set(), set()
@@ -290,7 +317,7 @@ def test_a_hierarchy_gives_every_sample_once_with_the_label_of_its_level(data: s
 
     everything = [number for task in tasks for number in ids(task.train, task.validation)]
     assert sorted(everything) == list(range(len(bottom) * samples)), "each sample once over all levels"
-    assert [task.level for task in tasks] == [level for level, count in enumerate(counts) for _ in range(count)]
+    assert [task.level - 1 for task in tasks] == [level for level, count in enumerate(counts) for _ in range(count)]
     assert [c for task in tasks for c in task.classes] == list(range(len(scenario.info.class_names)))
     final = tasks[-1]
     shares: dict[tuple[int, int], int] = {}
@@ -303,17 +330,17 @@ def test_a_hierarchy_gives_every_sample_once_with_the_label_of_its_level(data: s
             assert batch.target is not None and set(batch.target.tolist()) <= set(task.classes)
             for place, (number, row) in enumerate(zip(batch.target.tolist(), batch.ids.tolist(), strict=True)):
                 c = int(source.train[row])
-                assert task.names[number] == names[task.level][c]
-                shares[c, task.level] = shares.get((c, task.level), 0) + 1
+                assert task.names[number] == names[task.level - 1][c]
+                shares[c, task.level - 1] = shares.get((c, task.level - 1), 0) + 1
                 if dual:
                     told = batch.extra["parents"][place].tolist()
-                    assert [task.names[p] for p in told[: task.level]] == [names[level][c] for level in range(task.level)]
-                    assert told[task.level :] == [-1] * (len(levels) - task.level)
+                    assert [task.names[p] for p in told[: task.level - 1]] == [names[level][c] for level in range(task.level - 1)]
+                    assert told[task.level - 1 :] == [-1] * (len(levels) - task.level + 1)
             assert dual == ("parents" in batch.extra)
         for child in task.classes:
-            if task.level:
-                members = next(c for c in range(len(bottom)) if names[task.level][c] == task.names[child])
-                assert task.names[task.parents[child]] == names[task.level - 1][members]
+            if task.level > 1:
+                members = next(c for c in range(len(bottom)) if names[task.level - 1][c] == task.names[child])
+                assert task.names[task.parents[child]] == names[task.level - 2][members]
             else:
                 assert child not in task.parents or task.parents[child] == -1
         assert set(task.parents) <= set(task.seen), "nothing is told of labels that have not arrived"
@@ -323,9 +350,9 @@ def test_a_hierarchy_gives_every_sample_once_with_the_label_of_its_level(data: s
         assert set(getattr(scenario.test(task, final), "among", ())) == {c for t in tasks if t.level == task.level for c in t.classes}
         assert batch.target is not None
         for number, row in zip(batch.target.tolist(), batch.ids.tolist(), strict=True):
-            assert final.names[number] == names[task.level][int(source.tested[row - len(source.train)])]
+            assert final.names[number] == names[task.level - 1][int(source.tested[row - len(source.train)])]
     for level in range(len(names)):
-        tested = [row for task in tasks if task.level == level for row in ids(scenario.test(task, final))]
+        tested = [row for task in tasks if task.level == level + 1 for row in ids(scenario.test(task, final))]
         assert sorted(tested) == list(range(len(source.train), 2 * len(source.train))), "every test sample once per level"
     for c in range(len(bottom)):
         mine = [shares.get((c, level), 0) for level in range(len(names))]
@@ -346,7 +373,7 @@ def test_levels_may_be_groupings_of_the_source_and_a_stream_read_once() -> None:
     kinds = torch.tensor([0, 1, 0, 1])
     source = Toy(torch.arange(4).repeat(4), groupings={"kind": Grouping(["even", "odd"], kinds.repeat(4))})
     coarse, fine = opened(Hierarchical, source, levels=["kind"], online=True)
-    assert set(coarse.names.values()) == {"even", "odd"} and fine.level == 1
+    assert set(coarse.names.values()) == {"even", "odd"} and fine.level == 2
     assert {fine.names[c]: fine.names[p] for c, p in fine.parents.items() if p >= 0} == {
         "c0": "even",
         "c1": "odd",
@@ -399,6 +426,23 @@ def test_hierarchical_needs_a_test_set_and_one_class_per_sample() -> None:
         opened(Hierarchical, Toy([[1, 0]], target="labels"), levels=[EVEN_ODD])
 
 
+def test_the_levels_of_different_seeds_have_orders_of_their_own() -> None:
+    # 20 labels in 20 singletons above: the order in which a level's labels arrive is its permutation.
+    levels: list[str | dict[str, list[str | int]]] = [{f"p{number:02}": [f"c{number}"] for number in range(20)}]
+    source = Toy(torch.arange(20).repeat(2))
+
+    def orders(seed: int) -> tuple[list[str], list[str]]:
+        flat = opened(Hierarchical, source, seed, levels=[{"all": [f"c{number}" for number in range(20)]}])
+        above = opened(Hierarchical, source, seed, levels=levels)
+        return [name[1:].lstrip("0") or "0" for name in above.info.class_names[:20]], [name[1:] for name in flat.info.class_names[1:]]
+
+    for seed in range(5):
+        first, second = orders(seed)
+        assert first == [str(number) for number in np.random.RandomState(seed).permutation(20)], "the published order at the first level"
+        assert second != orders(seed + 1)[0] and second != first
+        assert second == [str(n) for n in np.random.RandomState(derived(seed, "level", 1) % 2**32).permutation(20)]
+
+
 def test_a_hierarchical_stream_is_repeatable() -> None:
     def make(seed: int, workers: int | None) -> Scenario:
         source = Toy(TARGETS, workers=workers)
@@ -436,6 +480,19 @@ def test_the_groups_of_a_source_arrive_as_domains(order: Any, names: list[str] |
         assert ids(scenario.test(task, task)) == [[8], [9], [10, 11]][group]
         assert task.classes == ((0, 1) if task.index == 0 else ()) and task.seen == (0, 1)
     assert scenario.info.classes == 2 and scenario.info.metrics == ("accuracy",)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (["ann", "bob"], "order lacks cem: it must list every domain once"),
+        (["ann", "bob", "ann", "cem"], "order names domain 'ann' twice: every domain arrives once"),
+        (["ann", "bob", "zoe"], "order names an unknown domain 'zoe': there are ann, bob, cem"),
+    ],
+)
+def test_an_order_of_domains_is_said_to_be_one_of_domains(order: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        opened(DomainIncremental, spoken(), by="speaker", order=order)
 
 
 def test_a_domain_without_training_samples_is_left_out_and_its_test_samples_are_counted() -> None:
@@ -510,6 +567,77 @@ def test_a_permutation_moves_all_pixels_of_all_samples_alike(modality: str) -> N
     assert orders[0] == sorted(orders[0]) and tasks[0].domain == "as it is"
     if modality == "image":
         assert orders[1] != orders[0] and orders[2] not in (orders[0], orders[1])
+
+
+class Pictures(Source):
+    """Pictures whose masks are the pictures themselves, to within their scale, with boxes beside them."""
+
+    def __init__(self, height: int = 6, width: int = 6, mask: tuple[int, int] | None = None, target: str = "mask") -> None:
+        self.height, self.width, self.mask, self.target = height, width, mask or (height, width), target
+
+    def load(self) -> SourceData:
+        ink = torch.randint(0, 5, (9, *self.mask), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        targets = {"mask": ink, "value": torch.arange(9) / 8, "labels": torch.eye(9, 5, dtype=torch.int8)}[self.target]
+        image = (ink * 50)[:, None] if self.mask == (self.height, self.width) else torch.zeros(9, 1, self.height, self.width).byte()
+        told: dict[str, Any] = {"boxes": torch.zeros(9, 4), "box_labels": torch.zeros(9, 1), "choices": ["a"] * 9}
+        train, test = (
+            ArrayDataset({"image": image[rows]}, targets[rows], rows, extra={name: column[: len(rows)] for name, column in told.items()})
+            for rows in (torch.arange(6), torch.arange(6, 9))
+        )
+        modalities = {"image": Modality("image", (1, self.height, self.width), 255)}
+        return SourceData(train, test, [f"c{number}" for number in range(5)], modalities, target=self.target)
+
+
+@pytest.mark.parametrize("options", [{"shift": "permute", "tasks": 3}, {"shift": "rotate", "angles": [0.0, 90.0, 180.0, -90.0]}], ids=str)
+def test_masks_move_with_their_pictures_and_boxes_are_left_out(options: dict[str, Any]) -> None:
+    scenario = opened(DomainIncremental, Pictures(), 2, validation=0.34, **options)
+    for task in scenario:
+        for dataset in (task.train, task.validation, scenario.test(task, task)):
+            batch = read(dataset, 2)
+            image, mask = batch.inputs["image"], batch.target
+            assert isinstance(image, Tensor) and mask is not None and mask.dtype == torch.uint8
+            assert (image[:, 0].int() - mask.int() * 50).abs().max() <= 1
+            assert dataset is not None and torch.equal(dataset.targets, mask), "what is told is what is read"
+            assert batch.extra.keys() == {"choices"}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 7), st.integers(2, 7), st.sampled_from([45.0, 90.0, 30.0]), st.integers(0, 99))
+def test_a_turned_mask_says_nothing_of_what_comes_from_outside(height: int, width: int, angle: float, seed: int) -> None:
+    masks = torch.randint(0, 256, (2, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    moved = turned_masks(masks, angle)
+    inside = turned(torch.ones(1, 1, height, width), angle)[0, 0]
+    assert (moved[:, inside < 1e-4] == 255).all()
+    for before, after in zip(masks, moved, strict=True):
+        assert set(after[after != 255].tolist()) <= set(before.flatten().tolist()), "no class between two classes"
+    assert torch.equal(turned_masks(masks, 180), masks.flip(-1, -2)) and torch.equal(turned_masks(masks, 360), masks)
+
+
+def test_values_and_labels_stay_what_they_are_when_pictures_move() -> None:
+    for target in ("value", "labels"):
+        scenario = opened(DomainIncremental, Pictures(target=target), shift="rotate", tasks=3)
+        first, *others = [read(task.train).target for task in scenario]
+        assert first is not None and all(other is not None and torch.equal(first, other) for other in others)
+
+
+def test_masks_of_another_size_cannot_move_with_their_pictures() -> None:
+    with pytest.raises(ConfigError, match="image is of 6 x 6 pixels and its masks are of 3 x 3: shift moves both alike"):
+        opened(DomainIncremental, Pictures(mask=(3, 3)), shift="permute", tasks=2)
+
+
+def test_the_labels_of_a_domain_are_the_classes_that_occur_in_it() -> None:
+    grouping = Grouping(["a", "b"], torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
+    first, second = opened(DomainIncremental, Toy([0, 1, 1, 2], groupings={"g": grouping}), by="g")
+    assert (first.labels, second.labels) == ((0, 1), (1, 2))
+    assert (first.classes, second.classes) == ((0, 1, 2), ()) and first.seen == second.seen == (0, 1, 2)
+
+
+def test_domains_hold_no_masks_of_their_own() -> None:
+    scenario = opened(DomainIncremental, Pictures(), shift="rotate", tasks=20)
+    tasks = list(scenario)
+    gc.collect()
+    whole = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.shape == (6, 6, 6)]
+    assert len(tasks) == 20 and len(whole) == 1
 
 
 def test_parts_divide_the_samples_among_the_domains() -> None:
@@ -607,3 +735,10 @@ def test_a_told_domain_comes_with_every_batch() -> None:
         for dataset in (task.train, scenario.test(task, task)):
             told = read(dataset).task
             assert told is not None and set(told.tolist()) == {task.index}
+
+
+def test_domains_that_share_no_class_are_refused() -> None:
+    domain = torch.tensor([0, 0, 1, 1] * 3)
+    source = Toy([0, 1, 2, 3] * 3, groupings={"domain": Grouping(["a", "b"], domain, domain)})
+    with pytest.raises(ConfigError, match="no two groups of 'domain' share a class"):
+        opened(DomainIncremental, source, by="domain")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streamcl.scenarios.missing_modality import MissingModality
+from streamcl.scenarios.missing_modality import MissingModality, lost_independently
 from torch import Tensor
 from toy_streams import Toy, assert_repeatable, columns, ids, opened, read
 
 from streamcl.errors import ConfigError, DataError
-from streamcl.stream import Batch, Dataset, Scenario
+from streamcl.seeding import generator
+from streamcl.stream import Batch, Column, Dataset, Scenario, asked
 
 TRIO = ("image", "sound", "text")
 SIX = {"image": 0.1, "sound": 0.1, "text": 0.1, "image+sound": 0.1, "image+text": 0.1, "sound+text": 0.1}
@@ -28,7 +32,8 @@ def checked(dataset: Dataset | None, stride: int | None = None) -> tuple[Batch, 
     """A batch whose present values are the sample's own, whose absent ones hold nothing, and whose bit mask says which they are."""
     batch = read(dataset)
     assert batch.present is not None and batch.present.keys() == batch.inputs.keys()
-    source = batch.ids if stride is None else batch.ids % stride
+    source = batch.extra.get("source_id", batch.ids if stride is None else batch.ids % stride)
+    assert isinstance(source, Tensor) and batch.extra.keys() <= {"missing", "source_id"}
     truth = columns(source, list(batch.inputs))
     code = torch.zeros(len(batch), dtype=torch.int64)
     for place, name in enumerate(sorted(batch.inputs)):
@@ -106,11 +111,125 @@ def test_with_independent_draws_each_modality_goes_at_its_own_rate() -> None:
     assert abs(both - count * 0.18) <= 5 * (count * 0.18 * 0.82) ** 0.5, "independent of each other"
 
 
-def test_a_sample_that_would_lose_everything_keeps_one_modality_at_random() -> None:
-    (task,) = opened(MissingModality, trio(900), missing=[{name: 1.0 for name in TRIO}], draws="independent")
+def conditioned(rates: list[float]) -> dict[tuple[bool, ...], float]:
+    """How likely it is to lose what, by plain counting over all combinations: odds raised step by step until the rates are right."""
+    loses = list(rates)
+    for _ in range(20000):
+        every = {
+            lost: float(torch.tensor([p if gone else 1 - p for p, gone in zip(loses, lost, strict=True)], dtype=torch.float64).prod())
+            for lost in itertools.product([False, True], repeat=len(rates))
+        }
+        del every[(True,) * len(rates)]
+        total = sum(every.values())
+        found = [sum(chance for lost, chance in every.items() if lost[m]) / total for m in range(len(rates))]
+        if max(abs(one - other) for one, other in zip(found, rates, strict=True)) < 1e-9:
+            break
+        odds = [p / (1 - p) * (r / (1 - r)) / (f / (1 - f)) for p, r, f in zip(loses, rates, found, strict=True)]
+        loses = [odd / (1 + odd) for odd in odds]
+    return {lost: chance / total for lost, chance in every.items()}
+
+
+@pytest.mark.parametrize("rates", [[0.5, 0.5, 0.5], [0.7, 0.6, 0.5], [0.2, 0.9, 0.8], [0.66, 0.66, 0.66]])
+def test_rates_are_kept_although_no_sample_loses_everything(rates: list[float]) -> None:
+    count = 20000
+    lost = lost_independently(rates, count, generator(3, "x"))
+    assert not lost.all(dim=1).any()
+    for found, rate in zip(lost.sum(0).tolist(), rates, strict=True):
+        assert abs(found - count * rate) <= 5 * (count * rate * (1 - rate)) ** 0.5
+    for pattern, chance in conditioned(rates).items():
+        found = int((lost == torch.tensor(pattern)).all(dim=1).sum())
+        assert abs(found - count * chance) <= 5 * (count * chance * (1 - chance)) ** 0.5 + 1
+
+
+def test_every_task_loses_at_its_rates_although_no_sample_loses_everything() -> None:
+    count, rates = 6000, {"image": 0.6, "sound": 0.6, "text": 0.6}
+    (task,) = opened(MissingModality, trio(count), missing=[rates], draws="independent")
+    lost = checked(task.train)[1]
+    for name, rate in rates.items():
+        assert abs(int(lost[name].sum()) - count * rate) <= 5 * (count * rate * (1 - rate)) ** 0.5
+
+
+def test_rates_that_leave_exactly_one_modality_leave_each_one_in_proportion() -> None:
+    (task,) = opened(MissingModality, trio(900), missing=[{"image": 0.5, "sound": 0.75, "text": 0.75}], draws="independent")
     found = tally(checked(task.train)[1])
     assert set(found) == {"image+sound", "image+text", "sound+text"} and sum(found.values()) == 900
-    assert all(abs(value - 300) <= 5 * (900 / 3 * 2 / 3) ** 0.5 for value in found.values())
+    for key, share in {"sound+text": 0.5, "image+text": 0.25, "image+sound": 0.25}.items():
+        assert abs(found[key] - 900 * share) <= 5 * (900 * share * (1 - share)) ** 0.5
+    (task,) = opened(MissingModality, trio(40), missing=[{"image": 1.0, "sound": 1.0}], draws="independent")
+    assert tally(checked(task.train)[1]) == {"image+sound": 40}, "whole modalities may be absent while one is left"
+
+
+SAID = {"text": ("answer", "verifier", "choices", "difficulty", "skill", "pair"), "class": ("choices",)}
+
+
+def said(ids: Tensor) -> dict[str, Column]:
+    """All that sources say, and copies of two modalities among it."""
+    texts: dict[str, Column] = {name: [f"{name} {number}" for number in ids.tolist()] for name in ("verifier", "choices", "skill")}
+    copies = columns(ids, ["text", "sound"])
+    caption = copies["text"]
+    numbers = {"difficulty": ids.float(), "pair": ids, "boxes": ids.repeat(2, 1).T, "waveform": copies["sound"]}
+    return {**texts, **numbers, "answer": caption, "caption": caption}
+
+
+@pytest.mark.parametrize("workers", [None, 0])
+@pytest.mark.parametrize("target", ["class", "text"])
+def test_what_is_absent_cannot_be_read_beside_the_inputs_either(target: str, workers: int | None) -> None:
+    scenario = opened(
+        MissingModality,
+        trio(40, target=target, names=["a", "b", "c", "d"], extra=said, workers=workers),
+        missing=[{"text": 0.4, "sound": 0.4}, {"text": 1.0}],
+        validation=0.25,
+    )
+    for task in scenario:
+        for dataset in (task.train, task.validation, scenario.test(task, task)):
+            batch = read(dataset)
+            tested = dataset not in (task.train, task.validation)
+            if tested:
+                assert batch.extra["answer" if target == "text" else "choices"], "the engine has what it scores by"
+                batch = asked(batch, scenario.info)
+            assert batch.extra.keys() == ({"choices", "missing"} if tested else {*SAID[target], "missing"})
+            assert batch.present is not None
+            own = columns(batch.ids % 80, ["text"])["text"]
+            for name, column in batch.extra.items():
+                if isinstance(column, list):
+                    for value, text, there in zip(column, own, batch.present["text"].tolist(), strict=True):
+                        assert value and value != text if there and name != "answer" else value != text or there
+            if "answer" in batch.extra:
+                assert [bool(answer) for answer in batch.extra["answer"]] == batch.present["text"].tolist()
+
+
+def test_what_a_source_lacks_itself_is_as_unreadable_as_what_the_pattern_takes() -> None:
+    present = {"text": torch.arange(40) % 2 == 0}
+    (task,) = opened(MissingModality, trio(40, target="text", names=list("abcd"), extra=said, present=present), missing=[{"sound": 0.5}])
+    batch = read(task.train)
+    assert [bool(answer) for answer in batch.extra["answer"]] == present["text"][batch.ids].tolist()
+
+
+@pytest.mark.parametrize("divide", ["all", "samples"])
+def test_copies_of_test_samples_have_ids_of_their_own_and_say_whose_they_are(divide: str) -> None:
+    scenario = opened(MissingModality, trio(40), missing=[{"text": 0.5}, {}, {"image": 0.3}], divide=divide, validation=0.25)
+    tasks = list(scenario)
+    everything = []
+    for task in tasks:
+        test = scenario.test(task, task)
+        batch = read(test)
+        assert batch.ids.tolist() == ids(test) and batch.extra["source_id"].tolist() == list(range(40, 80))  # type: ignore[union-attr]
+        everything += [n for dataset in (task.train, task.validation, test) for n in ids(dataset)]
+        assert "source_id" not in read(task.train).extra and "source_id" not in asked(batch, scenario.info).extra
+    assert len(everything) == len(set(everything)) and max(everything) < 2**40
+
+
+def test_twenty_tasks_that_see_everything_hold_one_byte_for_each_sample() -> None:
+    count, tasks = 20000, 20
+    options: dict[str, Any] = {"missing": [{"text": 0.3}] * tasks, "divide": "all", "validation": 0.5, "online": True}
+    scenario = opened(MissingModality, Toy(torch.arange(count) % 4, modalities=("vector", "sound", "text"), test=[0] * 10), **options)
+    gc.collect()
+    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, Tensor | np.ndarray)}
+    alive = list(scenario)
+    gc.collect()
+    new = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and id(thing) not in before]
+    assert alive and sum(thing.nbytes for thing in new) == tasks * count
+    assert len(alive[3].train.ids) == len(alive[3].train.targets) == count // 2
 
 
 def test_what_the_source_lacks_stays_absent_and_no_pattern_takes_the_rest() -> None:
@@ -218,6 +337,10 @@ def test_an_online_stream_of_values_is_read_once() -> None:
         ({"missing": [{}, {"text": 0.7, "image": 0.4}]}, r"missing.1: the shares add up to 1.1"),
         ({"missing": [{}], "test": {"text": 0.7, "image": 0.4}}, r"test: the shares add up to 1.1"),
         ({"missing": [{"text+image": 0.5}], "draws": "independent"}, "missing.0: with draws: independent a rate belongs to one modality"),
+        (
+            {"missing": [{"text": 0.7, "image": 0.7, "sound": 0.7}], "draws": "independent"},
+            "the rates text: 0.7, image: 0.7, sound: 0.7 leave 0.9 of a modality per sample, and every sample keeps one",
+        ),
         ({"missing": [{"txt": 0.5}]}, "'txt' is no modality of this source: did you mean 'text'"),
         ({"missing": [{}], "test": {"video": 0.5}}, "'video' is no modality of this source: it has image, sound, text"),
         ({"missing": [{"text+image+sound": 0.1}]}, "is all that this source has: a sample must keep a modality"),

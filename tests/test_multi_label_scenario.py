@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamcl.scenarios.multi_label import MultiLabel
+from streamcl.scenarios.sources.digit_scenes import DigitScenes
 from torch import Tensor
 from toy_streams import Toy, assert_repeatable, ids, opened, read
 
+from streamcl.data import Subset
 from streamcl.errors import ConfigError, DataError
 from streamcl.stream import Scenario, Task
 
@@ -189,14 +192,50 @@ def test_single_positive_keeps_one_label_per_sample_and_task_drawn_alike() -> No
             assert within(int((column == 1).sum()), len(own), 1 / 3)
 
 
-def test_a_sample_whose_labels_were_all_turned_off_has_no_single_positive() -> None:
-    truth = torch.zeros(200, 2, dtype=torch.int8)
-    truth[:, 0] = 1
-    (task,) = opened(MultiLabel, toy(torch.cat([truth, torch.ones(1, 2)])), tasks=1, wrong=0.5, single_positive=True)
-    rows, target = visible(task)
-    assert rows == list(range(201)) and not (target == 0).any()
-    positives = (target == 1).sum(dim=1)
-    assert int(positives.max()) == 1 and within(int((positives == 0).sum()), 201, 0.25)
+def test_a_sample_of_which_every_label_is_hidden_stays_and_is_counted() -> None:
+    truth = dense()
+    tasks = list(opened(MultiLabel, toy(truth), 3, tasks=2, partial=0.7))
+    clean = list(opened(MultiLabel, toy(truth), 3, tasks=2))
+    for task, whole in zip(tasks, clean, strict=True):
+        rows, target = visible(task)
+        assert rows == ids(whole.train)
+        bare = int((target[:, list(task.classes)] == -1).all(dim=1).sum())
+        assert task.unannotated == bare and within(bare, len(rows), 0.7**3), "three classes a task"
+        assert whole.about == {}
+
+
+def told_by_the_source(numbers: Tensor) -> dict[str, Any]:
+    return {
+        "box_labels": numbers[:, None].expand(-1, 4),
+        "caption": [f"caption {n}" for n in numbers.tolist()],
+        "choices": [f"one\ntwo {n}" for n in numbers.tolist()],
+    }
+
+
+@pytest.mark.parametrize("workers", [None, 0])
+def test_nothing_beside_a_sample_tells_what_is_not_annotated(workers: int | None) -> None:
+    scenario = opened(MultiLabel, toy(dense(60), extra=told_by_the_source, workers=workers), tasks=3, validation=0.2, online=True)
+    for task in scenario:
+        for dataset in (task.train, task.validation, scenario.test(task, task)):
+            if dataset is not None:
+                batch = read(dataset)
+                assert batch.extra == {"choices": [f"one\ntwo {n}" for n in batch.ids.tolist()]}
+    scenes = DigitScenes(scenes=80, test_scenes=40)
+    for task in opened(MultiLabel, scenes, increment=5):
+        assert read(task.train).extra == {}
+
+
+def test_a_view_of_a_source_tells_no_more_than_the_source_itself() -> None:
+    class Seen(Toy):
+        def load(self) -> Any:
+            loaded = super().load()
+            return replace(loaded, train=Subset(loaded.train, torch.arange(len(loaded.train))))
+
+    truth = dense(30)
+    scenario = opened(MultiLabel, Seen(truth, names=[f"c{n}" for n in range(6)], target="labels", extra=told_by_the_source), tasks=3)
+    plain = opened(MultiLabel, toy(truth), tasks=3)
+    for task, other in zip(scenario, plain, strict=True):
+        assert read(task.train).extra.keys() == {"choices"} and torch.equal(visible(task)[1], visible(other)[1])
 
 
 def test_worse_annotations_leave_validation_and_test_true() -> None:
@@ -236,6 +275,7 @@ def test_validation_takes_its_share_of_all_samples() -> None:
     ("source", "options", "kind", "message"),
     [
         (toy(BOX), {"tasks": 2, "single_positive": True, "partial": 0.1}, ConfigError, "single_positive already hides all labels but one"),
+        (toy(BOX), {"tasks": 2, "single_positive": True, "wrong": 0.1}, ConfigError, "keeps one label, a true one, .* leave out wrong"),
         (toy(BOX), {"tasks": 2, "partial": 1.0}, ConfigError, "partial is 1, which hides every label"),
         (Toy([0, 1]), {"tasks": 2}, ConfigError, "multi_label needs a set of labels per sample, and the target of this source is 'class'"),
         (toy(BOX, test=torch.empty(0, 4)), {"tasks": 2}, ConfigError, "multi_label: the source has no test set"),

@@ -122,6 +122,7 @@ def test_captions_of_digit_scenes_come_by_their_look():
         ({"data": Digits()}, ConfigError, "text and one other modality are needed, and this source has image"),
         ({"data": Captioned(), "by": "looks"}, ConfigError, "unknown grouping 'looks': there are domain, half"),
         ({"data": Captioned(), "by": "half"}, ConfigError, "the grouping 'half' says nothing of the test samples"),
+        ({"data": Captioned(), "order": ["zzz"]}, ConfigError, "order names an unknown domain 'zzz'"),
         ({"data": Captioned(absent=True)}, DataError, "2 training rows have no image"),
         ({"data": Captioned(1, 1, 2)}, DataError, "no training sample of d1"),
         ({"data": DigitScenes(as_="labels", scenes=8, test_scenes=8)}, ConfigError, "text and one other modality"),

@@ -100,6 +100,14 @@ def twin(scenario, index=0):
     return scenario.test(task, task)
 
 
+def sourced(scenario, index=0):
+    """What is served, under the ids that the source has for it, as its twin says them."""
+    batch = whole(scenario.task(index).train)
+    told = whole(twin(scenario, index))
+    assert batch.ids.tolist() == told.ids.tolist()
+    return batch.replace(ids=told.extra["source_id"])
+
+
 ONE = {"corruptions": {"image": ["gaussian_noise"], "audio": ["rain"]}}
 MIXED = {**ONE, "corruptions": {"image": ["gaussian_noise", "fog", "motion_blur"], "audio": ["rain", "wind"]}, "shift": "mixed"}
 
@@ -148,7 +156,7 @@ def test_a_restored_stream_goes_on_as_the_first_one():
 
 def test_the_seed_orders_everything_and_each_segment_has_an_order_and_noise_of_its_own():
     def images(seed, index):
-        return whole(opened(corruptions={"image": ["gaussian_noise"]}, rounds=2, seed=seed).task(index).train)
+        return sourced(opened(corruptions={"image": ["gaussian_noise"]}, rounds=2, seed=seed), index)
 
     same(images(3, 0), images(3, 0))
     assert images(3, 0).ids.tolist() != images(4, 0).ids.tolist()
@@ -180,7 +188,7 @@ def test_reading_in_order_corrupts_each_block_once_whatever_the_size_of_the_batc
 
 def test_a_block_is_the_library_s_corruption_of_it_on_the_scale_of_the_source():
     scenario = opened(corruptions={"image": ["contrast"], "audio": ["gaussian_noise"]}, severity=3, combine="together")
-    batch, columns = whole(scenario.task(0).train), columns_of(150, ["image", "audio"])
+    batch, columns = sourced(scenario), columns_of(150, ["image", "audio"])
     image = columns["image"][batch.ids - 1000]
     scaled = corrupt("contrast", image.float() / 16, 3, generator(0))
     assert batch.inputs["image"].dtype == torch.uint8
@@ -201,14 +209,14 @@ def test_an_image_does_not_depend_on_whether_the_sound_is_corrupted_too():
 
 
 def test_without_corruptions_the_inputs_are_those_of_the_source():
-    batch, columns = whole(opened(corruptions="none").task(0).train), columns_of(150, ["image", "audio"])
+    batch, columns = sourced(opened(corruptions="none")), columns_of(150, ["image", "audio"])
     assert all(torch.equal(batch.inputs[name], columns[name][batch.ids - 1000]) for name in columns)
 
 
 def test_video_frames_are_corrupted_one_by_one():
     frames = torch.rand(5, 3, 1, 8, 8)
     source = Toy([0, 1, 2, 0, 1], ("image",), image=frames, modality=Modality("video", (3, 1, 8, 8)))
-    batch = whole(opened(source, corruptions=["contrast"]).task(0).train)
+    batch = sourced(opened(source, corruptions=["contrast"]))
     assert torch.equal(batch.inputs["image"].flatten(0, 1), corrupt("contrast", frames[batch.ids - 1000].flatten(0, 1), 5, generator(0)))
 
 
@@ -218,7 +226,7 @@ def test_what_the_source_lacks_stays_absent_and_takes_no_noise():
     image, audio = columns["image"].clone(), columns["audio"].clone()
     image[~there], audio[~there] = 0, torch.nan
     source = Toy([0, 1, 2] * 50, image=image, audio=audio, present={"image": there, "audio": there})
-    batch = whole(opened(source, combine="together", corruptions={"image": ["brightness"], "audio": ["gaussian_noise"]}).task(0).train)
+    batch = sourced(opened(source, combine="together", corruptions={"image": ["brightness"], "audio": ["gaussian_noise"]}))
     absent = ~there[batch.ids - 1000]
     assert torch.equal(batch.present["image"], ~absent) and torch.equal(batch.present["audio"], ~absent)
     assert (batch.inputs["image"][absent] == 0).all() and batch.inputs["audio"][absent].isnan().all()
@@ -251,9 +259,11 @@ def test_a_served_sample_tells_no_label_and_its_twin_is_the_same_sample(labels, 
         served, told = whole(task.train), whole(scenario.test(task, task))
         assert served.target is None and not served.extra and not hasattr(task.train, "targets")
         same(served, told)
-        assert len(served) == samples and set(served.ids.tolist()) <= set(range(1000, 1150))
+        sources = told.extra["source_id"].tolist()
+        assert len(served) == samples and set(sources) <= set(range(1000, 1150))
+        assert served.ids.tolist() == list(range(task.index * samples, (task.index + 1) * samples)) == task.train.ids.tolist()
         names = [task.names[number] for number in told.target.tolist()]
-        assert names == [f"c{(number - 1000) % 3}" for number in told.ids.tolist()]
+        assert names == [f"c{(number - 1000) % 3}" for number in sources]
         assert set(task.labels) == set(told.target.tolist())
         assert all(scenario.test(task, other) is None for other in tasks if other.index != task.index)
     assert tasks[0].classes == (0, 1, 2) and all(task.classes == () and task.seen == (0, 1, 2) for task in tasks[1:])
@@ -270,7 +280,7 @@ def test_classes_are_numbered_as_the_scenario_numbers_them_that_trained_the_mode
         trained = whole(before.test(before.task(0), before.task(0)))
         number = dict(zip(trained.ids.tolist(), trained.target.tolist(), strict=True))
         told = whole(twin(scenario))
-        assert told.target.tolist() == [number[sample] for sample in told.ids.tolist()]
+        assert told.target.tolist() == [number[sample] for sample in told.extra["source_id"].tolist()]
 
 
 class Other(Source):
@@ -288,15 +298,69 @@ def test_labels_are_numbered_like_classes_and_values_and_masks_stay_as_they_are(
     labels = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 1, 0], [-1, 0, 1], [1, 1, 1]], dtype=torch.int8)
     scenario = opened(Other("labels", labels), corruptions="none", order=["c2", "c0", "c1"])
     told = whole(twin(scenario))
-    assert torch.equal(told.target, labels[told.ids][:, [2, 0, 1]]) and scenario.info.class_names == ("c2", "c0", "c1")
+    assert torch.equal(told.target, labels[told.extra["source_id"]][:, [2, 0, 1]]) and scenario.info.class_names == ("c2", "c0", "c1")
     assert scenario.info.metrics[0] == "map"
     for target, targets in (("value", torch.rand(6)), ("mask", torch.randint(0, 3, (6, 8, 8), dtype=torch.uint8))):
         scenario = opened(Other(target, targets), corruptions=["fog"])
         told = whole(twin(scenario))
-        assert torch.equal(told.target, targets[told.ids]) and scenario.info.target == target
+        assert torch.equal(told.target, targets[told.extra["source_id"]]) and scenario.info.target == target
         assert whole(scenario.task(0).train).target is None
     with pytest.raises(ConfigError, match="order numbers classes, and the target of this source is 'value'"):
         opened(Other("value", torch.rand(6)), order="given")
+
+
+def test_ids_are_unique_over_the_stream_and_the_same_again():
+    def numbers(scenario):
+        return [task.train.ids.tolist() for task in scenario]
+
+    options = {"corruptions": {"image": ["fog", "snow"]}, "rounds": 2, "samples": 301, "clean": 0.1, "labels": "blocks"}
+    ids = numbers(opened(**options))
+    together = [number for segment in ids for number in segment]
+    assert len(ids) == 5 and len(together) == len(set(together)) == 30 + 4 * 301 and min(together) >= 0 and max(together) < 2**40
+    assert numbers(opened(**options)) == ids
+    with pytest.raises(ConfigError, match="more than the 1099511627776 that can be numbered: take fewer samples"):
+        opened(corruptions="none", samples=2**39, rounds=3)
+
+
+def test_a_segment_is_arranged_once_for_what_is_served_and_for_its_twin(monkeypatch):
+    from streamcl.scenarios._shifts import arrival
+
+    calls = []
+    drawn = arrival.independent
+    monkeypatch.setattr(arrival, "independent", lambda *given: calls.append(given) or drawn(*given))
+    scenario = opened(corruptions={"image": ["fog", "snow"]}, labels="dirichlet")
+    for task in scenario:
+        scenario.test(task, task)
+    assert len(calls) == 2
+
+
+def test_blocks_put_the_source_in_order_once_for_all_segments(monkeypatch):
+    source = Toy([0, 1, 2] * 2000, ("image",))
+    scenario = opened(source, corruptions="none", labels="blocks", samples=20, rounds=10)
+    sorted_, argsort = [], torch.Tensor.argsort
+    monkeypatch.setattr(torch.Tensor, "argsort", lambda self, *given, **more: sorted_.append(len(self)) or argsort(self, *given, **more))
+    shuffled, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **more: shuffled.append(n) or randperm(n, **more))
+    assert [len(task.train) for task in scenario] == [20] * 10
+    assert sorted(sorted_)[-1] == 6000 and sorted(sorted_)[-2] <= 40 and max(shuffled) <= 40
+
+
+def test_many_segments_may_be_alive_at_once_and_masks_are_not_copied():
+    import gc
+
+    class Masks(Source):
+        def load(self):
+            masks = ArrayDataset({"image": torch.zeros(4000, 1, 8, 8, dtype=torch.uint8)}, torch.zeros(4000, 32, 32, dtype=torch.uint8))
+            return SourceData(masks, masks, ["c0"], {"image": IMAGE}, target="mask")
+
+    scenario = opened(Masks(), corruptions="none", rounds=10)
+    tasks = [(task, scenario.test(task, task)) for task in scenario]
+    assert tasks[9][1].targets.shape == (4000, 32, 32)
+    gc.collect()
+    rows = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and len(t.shape) and len(t) == 4000 and t.dtype != torch.uint8]
+    assert sum(t.nbytes for t in rows) <= 10 * 4 * 4000 + 8 * 4000, "four bytes for each sample served; the source has ids of its own"
+    masks = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == (4000, 32, 32)]
+    assert len(masks) == 1 and masks[0] is scenario._served.targets
 
 
 # -- domains and severities --------------------------------------------------------------------------------------------------------
@@ -345,6 +409,7 @@ def test_a_mixed_segment_has_every_domain_equally_often_and_says_so_to_the_twin_
     scenario = opened(Toy([0, 1, 2] * 100), **MIXED, severity=[2, 4], rounds=2)
     assert plan(scenario) == [("mixed", None)] * 2
     told = whole(twin(scenario))
+    told.ids = told.extra["source_id"]
     assert Counter(zip(told.extra["domain"], told.extra["severity"].tolist(), strict=True)) == {
         (domain, severity): 30 for domain in scenario.task(0).domains for severity in (2, 4)
     }
@@ -374,12 +439,12 @@ def test_a_stream_may_begin_with_a_segment_without_shift():
     assert plan(scenario) == [("clean", None), ("fog", 5)]
     told = whole(twin(scenario))
     assert len(told) == 30 and told.present is None and set(told.extra["strength"]) == {"clean"}
-    assert torch.equal(told.inputs["image"], columns_of(150, ["image"])["image"][told.ids - 1000])
+    assert torch.equal(told.inputs["image"], columns_of(150, ["image"])["image"][told.extra["source_id"] - 1000])
 
 
 def test_a_segment_serves_as_many_samples_as_asked_each_once_before_one_comes_again():
     for samples, most in ((40, 1), (150, 1), (301, 3)):
-        ids = opened(corruptions="none", samples=samples).task(0).train.ids
+        ids = sourced(opened(corruptions="none", samples=samples)).ids
         counts = Counter(ids.tolist())
         assert len(ids) == samples and max(counts.values()) == most and len(counts) == min(samples, 150)
 
@@ -470,18 +535,41 @@ def test_blocks_are_what_a_plain_loop_draws(labels, count, ratio, seed):
     order = torch.randperm(len(here), generator=draw).tolist()
     chance = torch.rand(count, generator=draw, dtype=torch.float64).tolist()
     other = torch.randint(1, max(len(here), 2), (count,), generator=draw).tolist()
-    queues = {class_: [place for place, label in enumerate(labels) if label == class_] for class_ in here}
-    taken, expected = Counter(), []
+    expected = []
     for step in range(count):
         major = order[step * len(here) // count]
-        class_ = here[major if chance[step] < ratio / (ratio + len(here) - 1) else (major + other[step]) % len(here)]
-        expected.append(queues[class_][taken[class_] % len(queues[class_])])
-        taken[class_] += 1
-    assert in_blocks(torch.tensor(labels), 5, count, ratio, seed, ("x",)).tolist() == expected
+        expected.append(here[major if chance[step] < ratio / (ratio + len(here) - 1) else (major + other[step]) % len(here)])
+    assert in_blocks(torch.tensor(here), count, ratio, seed, ("x",)).tolist() == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.data(), st.integers(0, 50))
+def test_all_samples_of_a_class_come_before_one_comes_again(counts, data, seed):
+    from streamcl.scenarios._shifts.arrival import one_of_each
+
+    there = [class_ for class_, count in enumerate(counts) if count]
+    wanted = data.draw(st.lists(st.sampled_from(there), max_size=80)) if there else []
+    places = one_of_each(torch.tensor(wanted, dtype=torch.int64), torch.tensor(counts), seed, ("x",)).tolist()
+    assert len(places) == len(wanted)
+    for class_, count in enumerate(counts):
+        mine = [place for place, want in zip(places, wanted, strict=True) if want == class_]
+        for start in range(0, len(mine), max(count, 1)):
+            turn = mine[start : start + count]
+            assert len(set(turn)) == len(turn) and set(turn) <= set(range(count))
+
+
+@pytest.mark.parametrize("asked", [3, 4, 8])
+def test_the_samples_of_a_class_are_drawn_evenly_at_every_place(asked):
+    from streamcl.scenarios._shifts.arrival import one_of_each
+
+    # 3 and 4 of 8 are drawn a few at a time, 8 by shuffling them all: in each of 1,600 draws every sample is as likely at every place.
+    drawn = torch.stack([one_of_each(torch.zeros(asked, dtype=torch.int64), torch.tensor([8]), seed, ("x",)) for seed in range(1600)])
+    for place in range(asked):
+        assert (torch.bincount(drawn[:, place], minlength=8) - 200).abs().max() < 5 * np.sqrt(1600 / 8 * 7 / 8)
 
 
 def test_blocks_bring_every_sample_of_a_class_before_one_comes_again():
-    ids = opened(Toy([0, 1, 2] * 50), corruptions="none", labels="blocks", samples=150).task(0).train.ids
+    ids = sourced(opened(Toy([0, 1, 2] * 50), corruptions="none", labels="blocks", samples=150)).ids
     assert len(set(ids.tolist())) == 150
 
 
@@ -624,7 +712,7 @@ def test_digits_grow_worse_with_the_severity_and_stay_digits():
     place = {number: row for row, number in enumerate(test.ids.tolist())}
     distances = []
     for task in scenario:
-        batch = whole(task.train)
+        batch = sourced(scenario, task.index)
         assert (
             sorted(batch.ids.tolist()) == test.ids.tolist()
             and batch.inputs["image"].dtype == torch.uint8

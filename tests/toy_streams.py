@@ -56,6 +56,7 @@ class Toy(Source):
         workers: int | None = None,
         present: dict[str, Tensor] | None = None,
         problems: dict[str, int] | None = None,
+        extra: Callable[[Tensor], dict[str, Column]] | None = None,
     ) -> None:
         self.train = torch.as_tensor(train, dtype=DTYPES[target])
         self.tested = self.train if test is None else torch.as_tensor(test, dtype=DTYPES[target])
@@ -63,6 +64,7 @@ class Toy(Source):
         self.names = names or [f"c{number}" for number in range(count)]
         self.target, self.modalities, self.groupings, self.workers = target, modalities, groupings or {}, workers
         self.present, self.problems = present, problems or {}
+        self.extra = extra or (lambda ids: {})  # what the source says of the samples with these ids
 
     def load(self) -> SourceData:
         return SourceData(
@@ -79,8 +81,8 @@ class Toy(Source):
     def _part(self, targets: Tensor, first: int, present: dict[str, Tensor] | None) -> Dataset:
         ids = torch.arange(len(targets)) + first
         if self.workers is None:
-            return ArrayDataset(columns(ids, self.modalities), targets, ids, present)
-        return FileDataset(Decode(first, self.modalities), targets, ids, self.workers, present=present)
+            return ArrayDataset(columns(ids, self.modalities), targets, ids, present, self.extra(ids))
+        return FileDataset(Decode(first, self.modalities), targets, ids, self.workers, self.extra(ids), present)
 
 
 def opened(kind: Callable[..., Scenario], source: Source, seed: int = 0, **options: Any) -> Scenario:

@@ -50,29 +50,50 @@ def correlated(labels: Tensor, classes: int, alpha: float, slots: int, seed: int
     return by_class[(slot * classes + rank[slot, class_]).argsort(stable=True)]
 
 
-def in_blocks(labels: Tensor, classes: int, count: int, ratio: float, seed: int, purpose: Purpose) -> Tensor:
-    """Places in the order of SAR's streams with shifting labels  # (count,)
+def in_blocks(here: Tensor, count: int, ratio: float, seed: int, purpose: Purpose) -> Tensor:
+    """The class at each place of SAR's streams with shifting labels, of those that occur `here`  # (count,)
 
     The stream is cut into as many blocks as classes occur. In each another class is dominant, `ratio` times as probable as any other one.
     """
     draw = generator(seed, *purpose, "blocks")
-    here = torch.bincount(labels, minlength=classes).nonzero().squeeze(1)
     occurring = len(here)
     major = torch.randperm(occurring, generator=draw)[torch.arange(count) * occurring // count]
     dominant = torch.rand(count, generator=draw, dtype=torch.float64) < ratio / (ratio + occurring - 1)
     step = torch.randint(1, max(occurring, 2), (count,), generator=draw)  # any other class, all alike
-    drawn = torch.where(dominant, major, (major + step) % occurring)
-    return _one_of_each(here[drawn], labels, classes)
+    return here[torch.where(dominant, major, (major + step) % occurring)]
 
 
-def _one_of_each(wanted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """A place for each wanted class; a class's samples come in their order, and again from the first once all have come."""
-    counts = torch.bincount(labels, minlength=classes)
-    starts = counts.cumsum(0) - counts
-    asked = torch.bincount(wanted, minlength=classes)
-    turn = torch.arange(len(wanted)) - (asked.cumsum(0) - asked).repeat_interleave(asked)  # which one of its class, in order of class
+def one_of_each(wanted: Tensor, counts: Tensor, seed: int, purpose: Purpose) -> Tensor:
+    """For each wanted class the place of one of its samples among them, at random  # (wanted,)
+
+    All samples of a class (there are `counts`) come before one comes again. The work is that of what is wanted, not of what there is.
+    """
+    draw = generator(seed, *purpose, "samples")
+    asked = torch.bincount(wanted, minlength=len(counts))
     order = wanted.argsort(stable=True)
-    class_ = wanted[order]
-    places = torch.empty_like(wanted)
-    places[order] = labels.argsort(stable=True)[starts[class_] + turn % counts[class_]]
-    return places
+    class_, turn = wanted[order], torch.arange(len(wanted)) - (asked.cumsum(0) - asked).repeat_interleave(asked)
+    place = torch.empty_like(wanted)
+    many = 2 * asked > counts  # of these classes all samples are shuffled
+    sizes = torch.where(many, counts, 0)
+    starts = sizes.cumsum(0) - sizes
+    owner = torch.arange(len(counts)).repeat_interleave(sizes)
+    shuffled = torch.randperm(len(owner), generator=draw)
+    shuffled = shuffled[owner[shuffled].argsort(stable=True)] - starts[owner]  # class after class, each in random order
+    full = many[class_]
+    place[order[full]] = shuffled[starts[class_[full]] + turn[full] % counts[class_[full]]]
+    # Of the others a few are drawn: whoever draws what somebody before has drawn draws again, at most half of them each time.
+    few = (~full).nonzero().squeeze(1)
+    size, before = counts[class_[few]], (counts.cumsum(0) - counts)[class_[few]]
+    drawn, open_ = torch.zeros_like(size), torch.arange(len(few))
+    while len(open_):
+        random = torch.rand(len(open_), generator=draw, dtype=torch.float64)
+        drawn[open_] = (random * size[open_]).long().minimum(size[open_] - 1)
+        settled = torch.ones(len(few), dtype=torch.bool)
+        settled[open_] = False
+        by_value = torch.cat([settled.nonzero().squeeze(1), open_])  # who was there before goes first among equals
+        values = (before + drawn)[by_value]
+        arranged = values.argsort(stable=True)
+        again = torch.cat([torch.zeros(1, dtype=torch.bool), values[arranged].diff() == 0])
+        open_ = by_value[arranged[again]].sort().values
+    place[order[few]] = drawn
+    return place

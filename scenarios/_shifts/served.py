@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamcl.corruptions import corrupt
 from streamcl.corruptions.corruption import Table
-from streamcl.data import MapDataset, blanked
+from streamcl.data import View, blanked
 from streamcl.errors import DataError
 from streamcl.seeding import generator
 from streamcl.stream import Batch, Column, Dataset, Modality
@@ -89,12 +89,13 @@ def _check_range(values: Tensor, name: str, low: float) -> None:
         )
 
 
-class Served(MapDataset):
+class Served(View):
     """The samples of one segment, corrupted a block at a time; the order of the data set is the order of serving.
 
     What comes out does not depend on the size of the batches, the order of reading, or the number of workers: a block is always
     corrupted as a whole. The last one is kept, so that reading in order corrupts each block once. Nothing that the source keeps beside
-    a sample is handed on; `told` (position -> columns) is what is said instead.
+    a sample is handed on, not even its id: ids count the positions, from `first`. `told` (position -> columns) is what is said instead,
+    and with it the source's id.
     """
 
     workers = 0  # what decodes files reads ahead behind this; corrupting happens here, on the device
@@ -105,10 +106,13 @@ class Served(MapDataset):
         corruptor: Corruptor | None,
         which: Tensor | None = None,
         told: Callable[[Tensor], dict[str, Column]] | None = None,
+        first: int = 0,
     ) -> None:
-        self.dataset, self.corruptor, self.which, self.told = dataset, corruptor, which, told
-        self.targets, self.ids = dataset.targets, dataset.ids
+        self.dataset, self.corruptor, self.which, self.told, self.first = dataset, corruptor, which, told, first
         self._kept: tuple[int, Batch] | None = None
+
+    def _ids(self) -> Tensor:
+        return torch.arange(self.first, self.first + len(self))
 
     def __getitem__(self, indices: Tensor) -> Batch:
         if self.corruptor is None:
@@ -123,14 +127,15 @@ class Served(MapDataset):
         return self._read_blocks(order, parts, size)
 
     def _bare(self, batch: Batch, positions: Tensor) -> Batch:
-        return Batch(batch.inputs, batch.target, batch.ids, batch.present, None, self.told(positions) if self.told else {})
+        extra = {**self.told(positions), "source_id": batch.ids} if self.told else {}
+        return Batch(batch.inputs, batch.target, positions + self.first, batch.present, None, extra)
 
     def _rows(self, number: int) -> Tensor:
         return torch.arange(number * BLOCK, min((number + 1) * BLOCK, len(self)))
 
     def _corrupted(self, number: int, block: Batch) -> Batch:
         assert self.corruptor is not None
-        which = None if self.which is None else self.which[number * BLOCK : number * BLOCK + len(block)]
+        which = None if self.which is None else self.which[number * BLOCK : number * BLOCK + len(block)].long()
         return self.corruptor(number, block, which)
 
     def _block(self, number: int) -> Batch:
