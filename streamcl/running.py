@@ -26,6 +26,8 @@ from streamcl.feeding import Extended, Feed, advice_without, read_feeds
 from streamcl.learned import Learned, info_from, plain_info, precision_on, undisturbed
 from streamcl.listing import misnamed, plugin_specs
 from streamcl.nn.backbone import Backbone
+from streamcl.nn.expandable import Expandable
+from streamcl.nn.model import Model
 from streamcl.plugins import PluginSpec, shown
 from streamcl.processes import Processes
 from streamcl.run_folder import RunFolder, changed_plugins, fingerprints
@@ -131,11 +133,18 @@ def starting_model(settings: RunConfig) -> tuple[Backbone, Mapping[str, Tensor] 
     another run's."""
     model = settings.model
     if model.run is not None:
-        return backbone_of(settings).build(), load(model.run).model.backbone.state_dict()
+        return backbone_of(settings).build(), whole_backbone(load(model.run).model, f"the model of {model.run}")
     if model.pretrain is None:
         return backbone_of(settings).build(), None
     tensors = load_file(pretrained_weights(settings)).items()
     return backbone_of(settings).build(), {name.removeprefix("backbone."): value for name, value in tensors if name.startswith("backbone.")}
+
+
+def whole_backbone(model: Model, whose: str) -> dict[str, Tensor]:
+    """The weights of a model's backbone, for a run that starts from them; a network that grew is no longer the backbone by its name."""
+    if isinstance(model.backbone, Expandable):
+        raise ConfigError(f"{whose} is made of blocks for the tasks that it grew with, and no other run can start from it: take another's")
+    return model.backbone.state_dict()
 
 
 def trained_head(settings: RunConfig) -> tuple[dict[str, Tensor], list[str]] | None:
@@ -172,6 +181,7 @@ def pretrained_weights(settings: RunConfig) -> Path:
         engine.run()
         cache.parent.mkdir(parents=True, exist_ok=True)
         aside = cache.with_name(f".{cache.name}.{os.getpid()}")
+        whole_backbone(engine.model, "the model that model.pretrain makes")
         tensors = {name: value.cpu().contiguous() for name, value in engine.model.state_dict().items()}
         save_file(tensors, aside, metadata={"classes": json.dumps(engine.state()["classes"])})
         aside.replace(cache)

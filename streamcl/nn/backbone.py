@@ -36,6 +36,23 @@ class Backbone(nn.Module, ABC):
     def forward(self, batch: Batch) -> Tensor:
         """Features  # (batch, dim)"""
 
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        """Its own layers in two parts, for methods that share the first and let the last ones grow.
+
+        The first takes a batch, the second what the first gives and returns features; one after the other they are the backbone. The
+        last block or stage is the second part: a backbone of one layer shares nothing.
+        """
+        name = type(self).__module__.rpartition(".")[2]
+        raise ConfigError(
+            f"the backbone {name} does not say how it is split into layers that are shared and layers that grow: take resnet32, resnet18, "
+            "convnet or mlp"
+        )
+
+    def resize(self, dim: int) -> None:
+        """Become the network whose features have `dim` entries: one that grows is given the size that it had."""
+        if dim != self.dim:
+            raise ValueError(f"its features have {self.dim} entries, and those of the saved model {dim}")
+
     def save(self, folder: Path) -> dict[str, Any]:
         """For an export: write the weights as the library that they belong to does, where it has a format of its own, and return the
         options that differ when `build` makes the same layers from there ("." is the folder). Otherwise the export writes the tensors."""

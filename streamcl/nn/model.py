@@ -45,6 +45,14 @@ class GrowingHead(nn.Module):
         if self.bias is not None and bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
+    def widen(self, dim: int) -> None:
+        """Append freshly initialised columns for features that were added, or drop the last ones. The others are kept bit for bit."""
+        weight, kept = self.weight.data.new_empty(self.classes, dim), min(dim, self.dim)
+        if self.classes:
+            weight = nn.Linear(dim, self.classes, bias=False, device=weight.device, dtype=weight.dtype).weight.data
+        weight[:, :kept] = self.weight.data[:, :kept]
+        self.weight, self.dim = nn.Parameter(weight, requires_grad=self.weight.requires_grad), dim
+
     def forward(self, features: Tensor) -> Tensor:
         return linear(features, self.weight, self.bias)  # (batch, classes)
 
@@ -70,6 +78,13 @@ class Model(nn.Module):
 
     def features(self, batch: Batch) -> Tensor:
         return self.backbone(batch)
+
+    def resize(self, classes: int, dim: int) -> None:
+        """Take this shape: so many classes, over `dim` features of a backbone that grows."""
+        if dim != self.backbone.dim:
+            self.backbone.resize(dim)
+            self.head.widen(dim)
+        self.head.resize(classes)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.head(self.backbone(batch))
@@ -109,10 +124,11 @@ class Model(nn.Module):
         return {f"backbone.{name}" for name, value in held.items() if torch.equal(self._named[name], _fingerprint(value))}
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to restore the model: the size of the head, the tensors, and where frozen weights come from."""
+        """All that is needed to restore the model: its shape, the tensors, and where frozen weights come from."""
         frozen = self.named_elsewhere()
         return {
             "classes": self.classes,
+            "dim": self.backbone.dim,
             "tensors": {name: value for name, value in self.state_dict().items() if name not in frozen},
             "origin": self.backbone.origin if frozen else None,
         }
@@ -123,7 +139,7 @@ class Model(nn.Module):
         at_hand = self.backbone.origin or {}
         if origin is not None and origin["sha256"] != at_hand.get("sha256"):  # wherever they lie, they are the same by their hash
             raise ValueError(f"the frozen weights were {origin}, and those at hand are {at_hand or 'none'}")
-        self.head.resize(int(state["classes"]))
+        self.resize(int(state["classes"]), int(state.get("dim", self.backbone.dim)))
         missing, unexpected = self.load_state_dict(state["tensors"], strict=False)
         absent = set(missing) - (self._as_named() if origin is not None else set())
         if absent or unexpected:

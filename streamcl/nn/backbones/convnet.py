@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
 from streamcl.nn.backbone import Backbone, choose_modality, numbers
+from streamcl.nn.expandable import Entry, Pooled
 from streamcl.options import PositiveInt
 from streamcl.stream import Batch, StreamInfo
+
+
+class _Block(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(super().forward(x))
+        return max_pool2d(x, 2) if min(x.shape[-2:]) > 1 else x
 
 
 class Convnet(Backbone):
@@ -24,14 +31,15 @@ class Convnet(Backbone):
         self.reads = choose_modality(info, self.modality, ("image",), "convnet")
         channels = [info.modalities[self.reads].shape[0]] + [self.width] * (self.blocks - 1)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, self.width, 3, padding=1, bias=False), nn.BatchNorm2d(self.width)) for c in channels
+            _Block(nn.Conv2d(c, self.width, 3, padding=1, bias=False), nn.BatchNorm2d(self.width)) for c in channels
         )
         self.dim = self.width
+
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        return Entry(self.reads, *self.layers[:-1]), Pooled(self.layers[-1])
 
     def forward(self, batch: Batch) -> Tensor:
         x = numbers(batch, self.reads)
         for layer in self.layers:
-            x = relu(layer(x))
-            if min(x.shape[-2:]) > 1:
-                x = max_pool2d(x, 2)
+            x = layer(x)
         return x.mean(dim=(2, 3))

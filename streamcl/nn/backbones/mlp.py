@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from streamcl.errors import ConfigError
 from streamcl.nn.backbone import NUMERIC, Backbone, choose_modality, numbers
+from streamcl.nn.expandable import Entry
 from streamcl.options import Fraction, PositiveInt
 from streamcl.stream import Batch, StreamInfo
 
@@ -31,6 +32,10 @@ class Mlp(Backbone):
             layers += [nn.Linear(before, after), nn.ReLU()] + ([nn.Dropout(self.dropout)] if self.dropout else [])
         self.layers = nn.Sequential(*layers)
         self.dim = sizes[-1]
+
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        last = 2 if not self.dropout else 3  # modules of one layer
+        return Entry(self.reads, nn.Flatten(), *self.layers[:-last]), nn.Sequential(*self.layers[-last:])
 
     def forward(self, batch: Batch) -> Tensor:
         values = numbers(batch, self.reads).flatten(1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from streamcl.nn.backbone import Backbone, choose_modality, numbers
+from streamcl.nn.expandable import Entry, Pooled
 from streamcl.options import PositiveInt
 from streamcl.stream import Batch, StreamInfo
 
@@ -50,6 +51,9 @@ class Resnet18(Backbone):
             before = after
         self.layers = nn.Sequential(*layers)
         self.dim = before
+
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        return Entry(self.reads, *self.layers[:-2]), Pooled(*self.layers[-2:])
 
     def forward(self, batch: Batch) -> Tensor:
         return self.layers(numbers(batch, self.reads)).mean(dim=(2, 3))

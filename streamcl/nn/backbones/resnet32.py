@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
 from streamcl.nn.backbone import Backbone, choose_modality, numbers
+from streamcl.nn.expandable import Entry, Pooled
 from streamcl.stream import Batch, StreamInfo
 
 BLOCKS = 5  # per stage: 2 * 3 * 5 convolutions in blocks, the first one, and the classifier make 32 layers
@@ -52,6 +53,9 @@ class Resnet32(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        return Entry(self.reads, self.stem, *self.blocks[: 2 * BLOCKS]), Pooled(*self.blocks[2 * BLOCKS :])
 
     def forward(self, batch: Batch) -> Tensor:
         return self.blocks(self.stem(numbers(batch, self.reads))).mean(dim=(2, 3))
