@@ -455,7 +455,8 @@ class _Checker:
             raise ConfigError(f"{short(name.value)} is no {kind}: {error}") from None
 
     def carried(self, node: Node, name: Node) -> Node | None:
-        """`finetune` that carries the term which stands in a strategy's place; None where it is no term."""
+        """`finetune` that carries the term which stands in a strategy's place, with the term's own defaults for it (`Term.alone`); None
+        where it is no term."""
         try:
             term, _ = self.resolve("term", name)
             own = term.options.keys() | {"name"}
@@ -466,7 +467,8 @@ class _Checker:
         more = rest.get("with", Node([], node.place))
         if isinstance(more.value, list):
             rest["with"] = Node([carried, *more.value], more.place)
-        return Node({"name": Node("finetune", name.place), **rest}, node.place, node.keys)
+        alone = {key: from_plain(value, name.place) for key, value in (term.stated("alone") or {}).items()}
+        return Node({"name": Node("finetune", name.place), **alone, **rest}, node.place, node.keys)
 
     def from_file(self, node: Node, name: Node) -> Node | None:
         """The source that reads the file or folder which stands in its place, as `streamcl feed` takes it; None where it is neither."""

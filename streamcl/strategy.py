@@ -126,7 +126,7 @@ class GradientStrategy(Strategy):
     """
 
     fills_memory: ClassVar[bool] = False
-    targets = ("class", "labels", "value", "mask")
+    targets: ClassVar[tuple[str, ...]] = ("class", "labels", "value", "mask")
 
     def __init__(
         self,
