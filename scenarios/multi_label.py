@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamcl.data import SinglePass, Subset
+from streamcl.data import ArrayDataset, SinglePass, Subset, View
 from streamcl.errors import ConfigError
 from streamcl.options import Fraction
 from streamcl.seeding import generator
-from streamcl.stream import Dataset, StreamInfo, Task
+from streamcl.stream import Batch, Dataset, StreamInfo, Task
 
 from ._division import DividedByClass, listing, need_target, need_test, need_training_samples
 from ._views import needed, only
@@ -93,14 +93,14 @@ class MultiLabel(DividedByClass):
 
     def task(self, index: int) -> Task:
         classes = self.new_classes(index)
-        rows, targets = self._annotated(self._train_of[index], index)
-        targets = self._worsened(targets, index)
-        train: Dataset = Subset(self._train, rows, targets=targets)
-        about = {"unannotated": int((targets == -1).all(dim=1).sum())} if self.partial else {}
+        rows = self._train_of[index]
+        own = self._worsened(self._own_labels(rows, index), index)
+        train: Dataset = _Annotated(self._train, rows, own, classes[0])
+        about = {"unannotated": int((own == -1).all(dim=1).sum())} if self.partial else {}
         validation = None
         if self.validation:
-            rows, targets = self._annotated(self._validation_of[index], index)
-            validation = Subset(self._train, rows, targets=targets)
+            rows = self._validation_of[index]
+            validation = _Annotated(self._train, rows, self._own_labels(rows, index), classes[0])
         return Task(
             index=index,
             name=f"classes {listing([self._names[c] for c in classes])}",
@@ -160,20 +160,16 @@ class MultiLabel(DividedByClass):
             row, class_ = np.divmod(np.flatnonzero(block == 1), classes)
             yield torch.from_numpy(row) + start, torch.from_numpy(class_)
 
-    def _annotated(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """A task's samples, and their labels: a column for each class seen, those of earlier tasks at -1."""
+    def _own_labels(self, rows: Tensor, index: int) -> Tensor:
+        """What a task annotates of its samples: a column for each class that it brings."""
         known, reached = self._bounds[index : index + 2]
-        rows = rows.long()
-        targets = torch.full((len(rows), reached), -1, dtype=torch.int8)
-        targets[:, known:] = self._train.targets[rows[:, None], self._arrival[known:reached]].to(torch.int8)
-        return rows, targets
+        return self._train.targets[rows.long()[:, None], self._arrival[known:reached]].to(torch.int8)
 
-    def _worsened(self, targets: Tensor, index: int) -> Tensor:
+    def _worsened(self, own: Tensor, index: int) -> Tensor:
         if not (self.partial or self.single_positive or self.wrong):
-            return targets
+            return own
         draw = generator(self._seed, "annotation", index)
-        known = self._bounds[index]
-        own = targets[:, known:].clone()
+        own = own.clone()
         if self.wrong:
             flipped = (torch.rand(own.shape, generator=draw) < self.wrong) & (own >= 0)
             own = torch.where(flipped, 1 - own, own)
@@ -183,7 +179,45 @@ class MultiLabel(DividedByClass):
             chosen = torch.where(own == 1, torch.rand(own.shape, generator=draw), -1.0).argmax(dim=1, keepdim=True)
             kept = torch.zeros_like(own, dtype=torch.bool).scatter_(1, chosen, True) & (own == 1)
             own = torch.where(kept, own, own.new_full((), -1))
-        return torch.cat([targets[:, :known], own], dim=1)
+        return own
+
+
+class _Annotated(View):
+    """A task's samples with the labels that it annotates; a column of -1 for each of the `known` classes of earlier tasks is put before
+    them where it is asked for, since a stream of many tasks would hold mostly these."""
+
+    def __init__(self, dataset: Dataset, rows: Tensor, own: Tensor, known: int) -> None:
+        self.dataset, self.rows, self.own, self.known = dataset, rows, own, known
+        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _ids(self) -> Tensor:
+        return self.dataset.ids.index_select(0, self.rows.long())
+
+    def _targets(self) -> Tensor:
+        return torch.cat([self.own.new_full((len(self.own), self.known), -1), self.own], dim=1)
+
+    def _labels(self, indices: Tensor) -> Tensor:
+        own = self.own.index_select(0, indices)
+        return torch.cat([own.new_full((len(own), self.known), -1), own], dim=1) if self.known else own
+
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
+        batch.target = self._labels(indices)
+        return batch
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        rows = self.rows.index_select(0, indices).long()
+        if type(self.dataset) is ArrayDataset:
+            return self.dataset.labelled(rows, self._labels(indices))
+        return self._finish(self.dataset[rows], indices)
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if self.in_memory:
+            return self._together(order, size)
+        parts = order.split(size) if len(order) else ()
+        return map(self._finish, self.dataset.read(self.rows.index_select(0, order).long(), size), parts)
 
 
 def _dealt(joins: list[tuple[Tensor, Tensor]], tasks: int) -> tuple[Tensor, ...]:

@@ -58,8 +58,8 @@ BUILDING: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # kind, samples, 
 
 
 def numbers(kind: str, samples: int, groups: int) -> SourceData:
-    """Samples of two numbers each, in this many classes, which are domains too; for multi_label with four labels each, give or take."""
-    parts, domains = [], []
+    """Samples of two numbers each, in so many classes and as many domains of two classes; for multi_label with about four labels each."""
+    parts, classes, domains = [], [], []
     for count, first in ((samples, 0), (samples // 100, samples)):
         draw = torch.Generator().manual_seed(first)
         group = torch.randperm(count, generator=draw) % groups
@@ -70,14 +70,15 @@ def numbers(kind: str, samples: int, groups: int) -> SourceData:
             for _ in range(3):
                 targets[torch.arange(count), torch.randint(groups, (count,), generator=draw)] = 1
         parts.append(ArrayDataset({name: torch.zeros(count, 1) for name in ("vector", "other")}, targets, first + torch.arange(count)))
-        domains.append(group)
+        classes.append(group)
+        domains.append((group + torch.arange(count) % 2) % groups)
     names = [str(number) for number in range(groups)]
     return SourceData(
         *parts,
         names,
         {name: Modality("vector", (1,)) for name in ("vector", "other")},
         target="labels" if kind == "multi_label" else "class",
-        groupings={"domain": Grouping(names, *domains), "coarse": Grouping(names[: groups // 10], *(group // 10 for group in domains))},
+        groupings={"domain": Grouping(names, *domains), "coarse": Grouping(names[: groups // 10], *(group // 10 for group in classes))},
     )
 
 
