@@ -144,6 +144,17 @@ def held_back(parts: Sequence[Tensor], targets: Tensor | None, fraction: float, 
     return tuple(made[id(rows)][0] for rows in parts), tuple(made[id(rows)][1] for rows in parts)
 
 
+def dealt(task: Tensor, count: int, group: Tensor, validation: float, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The samples of each task that are trained on, by the `task` of every sample, and those that validation gets: this share of every
+    group; nothing where there is no validation."""
+    if not validation:
+        return by_task(task, count), ()
+    _, held = split_by_class(group, validation, generator(seed, "validation"))
+    theirs, mine = torch.full_like(task, -1), task.clone()
+    theirs[held], mine[held] = task[held], -1
+    return by_task(mine, count), by_task(theirs, count)
+
+
 def need_training_samples(counts: Tensor, names: Sequence[str], kind: str, remedy: str = "leave the class out with `classes`") -> None:
     """Raise DataError for classes, by their arrival, that no training sample has."""
     lacking = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from streamcl.data import ArrayDataset, MapDataset, SinglePass, Subset, split_by_class
+from streamcl.data import ArrayDataset, SinglePass, Subset, View, split_by_class
 from streamcl.errors import ConfigError, DataError
 from streamcl.plugins import near_name
 from streamcl.seeding import generator
@@ -47,9 +48,9 @@ class GroupTasks(Scenario):
             raise ConfigError("data lists no source: at least one is needed")
         self.data, self.by, self.names, self.order, self.online = data, by, names, order, online
 
+    @abstractmethod
     def check(self, loaded: SourceData, first: Batch, where: str) -> None:
         """Raise for a source whose samples this kind cannot use; `first` is one of them."""
-        raise NotImplementedError
 
     def open(self, seed: int) -> StreamInfo:
         sources = self.data if isinstance(self.data, list) else [self.data]
@@ -204,24 +205,21 @@ def _renumbered(dataset: Dataset, ids: int, pairs: int) -> Dataset:
     return _FurtherOn(dataset, ids, pairs)
 
 
-class _FurtherOn(MapDataset):
+class _FurtherOn(View):
     """The same for what is decoded or drawn when it is read."""
 
     def __init__(self, dataset: Dataset, ids: int, pairs: int) -> None:
-        self.dataset, self.by, self.pairs = dataset, ids, pairs
-        self.targets, self.ids, self.workers = dataset.targets, dataset.ids + ids, getattr(dataset, "workers", 0)
+        super().__init__(dataset)
+        self.by, self.pairs = ids, pairs
         self.extra = {"pair": _pairs(dataset) + pairs}
 
-    def _moved(self, batch: Batch) -> Batch:
+    def _ids(self) -> Tensor:
+        return super()._ids() + self.by
+
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         pair = batch.extra.get("pair")
         pair = pair if isinstance(pair, Tensor) else batch.ids
         return batch.replace(ids=batch.ids + self.by, extra={**batch.extra, "pair": pair + self.pairs})
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self._moved(self.dataset[indices])
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        return map(self._moved, self.dataset.read(order, size))
 
 
 def _described(modality: Modality | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,20 +35,11 @@ class _Only(View):
     """The same of a data set that is itself a view."""
 
     def __init__(self, dataset: Dataset, names: Sequence[str]) -> None:
-        self.dataset, self.names = dataset, frozenset(names)
-        self.present = getattr(dataset, "present", None)
-        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
+        super().__init__(dataset)
+        self.names, self.present = frozenset(names), getattr(dataset, "present", None)
 
-    def _finish(self, batch: Batch) -> Batch:
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         return batch.replace(extra={name: column for name, column in batch.extra.items() if name in self.names})
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self._finish(self.dataset[indices])
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if self.in_memory:
-            return self._together(order, size)
-        return map(self._finish, self.dataset.read(order, size))
 
 
 def fitted(numbers: Tensor, below: int) -> Tensor:
@@ -58,34 +49,18 @@ def fitted(numbers: Tensor, below: int) -> Tensor:
 
 
 class Picked(View):
-    """Some samples of a data set in a given order, with their classes renumbered by `relabel`: a `Subset` that holds no targets and no ids.
-
-    Both are looked up anew where they are asked for, so that a task of a million samples costs what its row numbers do.
-    """
+    """Some samples of a data set in a given order, with their classes renumbered by `relabel`: a `Subset` that holds no targets and no ids,
+    so that a task of a million samples costs what its row numbers do."""
 
     def __init__(self, dataset: Dataset, rows: Tensor, relabel: Tensor | None = None) -> None:
-        self.dataset, self.rows, self.relabel = dataset, rows, relabel
-        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().__init__(dataset, rows)
+        self.relabel = relabel
 
     def _targets(self) -> Tensor:
-        own = self.dataset.targets.index_select(0, self.rows)
+        own = super()._targets()
         return own if self.relabel is None else relabelled(own, self.relabel)
 
-    def _ids(self) -> Tensor:
-        return self.dataset.ids.index_select(0, self.rows)
-
-    def _finish(self, batch: Batch) -> Batch:
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         if self.relabel is None or batch.target is None:
             return batch
         return batch.replace(target=relabelled(batch.target, self.relabel))
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self._finish(self.dataset[self.rows.index_select(0, indices).long()])
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if self.in_memory:
-            return self._together(order, size)
-        return map(self._finish, self.dataset.read(self.rows.index_select(0, order).long(), size))

@@ -16,18 +16,16 @@ Avalanche: Lomonaco et al., "Avalanche: an End-to-End Library for Continual Lear
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from streamcl.data import MapDataset, SinglePass, Subset, split_by_class
+from streamcl.data import MapDataset, SinglePass, Subset, Told
 from streamcl.options import NonNegativeInt, PositiveInt
-from streamcl.seeding import generator
-from streamcl.stream import Batch, Dataset, Scenario, StreamInfo, Task
+from streamcl.stream import Dataset, Scenario, StreamInfo, Task
 
-from ._division import by_task, listing
+from ._division import by_task, dealt, listing
 from .sources.avalanche import Avalanche as _Source
 
 
@@ -75,15 +73,8 @@ class Avalanche(Scenario):
         self._bounds = [0, *torch.bincount(first, minlength=self._count).cumsum(0).tolist()]
         self._labels = loaded.groupings.get("task_label")
 
-        task = experience.train.clone()
-        self._validation_of: tuple[Tensor, ...] = ()
-        if self.validation:
-            _, held = split_by_class(task * len(first) + targets, self.validation, generator(seed, "validation"))
-            mine = torch.full_like(task, -1)
-            mine[held] = task[held]
-            self._validation_of = by_task(mine, self._count)
-            task[held] = -1
-        self._train_of = by_task(task, self._count)
+        group = experience.train * len(first) + targets
+        self._train_of, self._validation_of = dealt(experience.train, self._count, group, self.validation, seed)
         self._test_of = by_task(experience.test, self._count) if experience.test is not None else ()
         self.info = StreamInfo(
             modalities=loaded.modalities,
@@ -137,19 +128,4 @@ class Avalanche(Scenario):
         if told is None or self._labels is None:
             return view
         numbers = torch.tensor([int(name) for name in self._labels.names])
-        return _Told(view, numbers[told[rows]])
-
-
-class _Told(MapDataset):
-    """Samples with the benchmark's own task labels, which may differ within an experience."""
-
-    def __init__(self, dataset: MapDataset, labels: Tensor) -> None:
-        self.dataset, self.labels, self.targets, self.ids, self.workers = dataset, labels, dataset.targets, dataset.ids, dataset.workers
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self.dataset[indices].replace(task=self.labels.index_select(0, indices))
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        parts = order.split(size) if len(order) else ()
-        for batch, rows in zip(self.dataset.read(order, size), parts, strict=True):
-            yield batch.replace(task=self.labels.index_select(0, rows))
+        return Told(view, numbers[told[rows]])  # they may differ within an experience

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamcl.data import SinglePass, Subset, split_by_class
+from streamcl.data import SinglePass, Subset
 from streamcl.errors import ConfigError
 from streamcl.options import Fraction, PositiveInt
 from streamcl.seeding import generator
 from streamcl.stream import Dataset, Scenario, Source, StreamInfo, Task
 
-from ._division import arranged, by_task, listing, need_target, need_test, need_training_samples
+from ._division import arranged, by_task, dealt, listing, need_target, need_test, need_training_samples
 
 KIND = "blurry"
 
@@ -80,13 +80,8 @@ class Blurry(Scenario):
         self._bounds = [0, *torch.bincount(first, minlength=self.tasks).cumsum(0).tolist()]
         self._train, self._test = loaded.train, loaded.test
         self._test_of = by_task(first[loaded.test.targets], len(self))
-        if self.validation:
-            _, held = split_by_class(task * len(names) + loaded.train.targets, self.validation, generator(seed, "validation"))
-            mine = torch.full_like(task, -1)
-            mine[held] = task[held]
-            self._validation_of = by_task(mine, len(self))
-            task[held] = -1
-        self._train_of = by_task(task, len(self))
+        group = task * len(names) + loaded.train.targets
+        self._train_of, self._validation_of = dealt(task, len(self), group, self.validation, seed)
         self.info = StreamInfo(
             modalities=loaded.modalities,
             classes=len(names),

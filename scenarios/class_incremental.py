@@ -28,7 +28,7 @@ from streamcl.options import Fraction
 from streamcl.seeding import generator
 from streamcl.stream import Dataset, StreamInfo, Task
 
-from ._division import DividedByClass, by_task, listing, need_target, need_test, need_training_samples
+from ._division import DividedByClass, by_task, dealt, listing, need_target, need_test, need_training_samples
 
 
 class ClassIncremental(DividedByClass):
@@ -119,15 +119,8 @@ class ClassIncremental(DividedByClass):
             arrived = self._relabel[self._train.targets[back]]
             # Each class begins with another task, so that a few held-back samples of many classes do not all land in the next one.
             task[back] += 1 + (place_in_class(arrived) + arrived) % (len(self) - 1 - task[back])
-        self._train_of = by_task(task, len(self))
-        if self.validation:
-            group = torch.where(task < 0, -1, task * len(self._names) + self._relabel[self._train.targets])
-            _, held = split_by_class(group, self.validation, generator(seed, "validation"))
-            mine = torch.full_like(task, -1)
-            mine[held] = task[held]
-            self._validation_of = by_task(mine, len(self))
-            task[held] = -1
-            self._train_of = by_task(task, len(self))
+        group = torch.where(task < 0, -1, task * len(self._names) + self._relabel[self._train.targets])
+        self._train_of, self._validation_of = dealt(task, len(self), group, self.validation, seed)
 
     def _left_out(self, counts: Tensor, seed: int) -> Tensor:
         """Which training samples a long-tailed stream leaves out: of each class all but its share, chosen at random."""

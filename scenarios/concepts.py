@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from streamcl.data import MapDataset, Subset, place_in_class
+from streamcl.data import Subset, View, place_in_class
 from streamcl.errors import ConfigError, DataError
 from streamcl.options import PositiveInt
 from streamcl.seeding import derived, generator
@@ -162,14 +162,13 @@ class Concepts(Scenario):
         return [text.replace("{1}", earlier["phrase"]) for earlier in self._all[:place] for text in mine]
 
 
-class _Captioned(MapDataset):
+class _Captioned(View):
     """Images with the sentence that describes each."""
 
     def __init__(self, dataset: Subset, captions: list[str], modality: str) -> None:
-        self.dataset, self.captions, self.modality = dataset, captions, modality
-        self.targets, self.ids, self.workers = dataset.targets, dataset.ids, dataset.workers
+        super().__init__(dataset)
+        self.captions, self.modality = captions, modality
 
-    def __getitem__(self, indices: torch.Tensor) -> Batch:
-        batch = self.dataset[indices]
+    def _finish(self, batch: Batch, indices: torch.Tensor) -> Batch:
         captions: list[Any] = [self.captions[place] for place in indices.tolist()]
         return batch.replace(inputs={self.modality: batch.inputs[self.modality]}, extra={**batch.extra, "caption": captions})

@@ -17,7 +17,6 @@ every batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -209,23 +208,22 @@ class _Shifted(View):
     def __init__(
         self, dataset: MapDataset, name: str, first: int, angle: float | None, permutation: Tensor | None, moves_masks: bool
     ) -> None:
-        self.dataset, self.name, self.first, self.angle, self.permutation = dataset, name, first, angle, permutation
-        self.moves_masks = moves_masks
-        self.workers, self.in_memory = dataset.workers, dataset.in_memory
+        super().__init__(dataset)
+        self.name, self.first, self.angle, self.permutation, self.moves_masks = name, first, angle, permutation, moves_masks
 
     def _targets(self) -> Tensor:
-        own = self.dataset.targets
+        own = super()._targets()
         return torch.cat([self._moved(part) for part in own.split(CHUNK)]) if self.moves_masks and len(own) else own
 
     def _ids(self) -> Tensor:
-        return self.dataset.ids + self.first
+        return super()._ids() + self.first
 
     def _moved(self, masks: Tensor) -> Tensor:
         if self.permutation is not None:
             return permuted(masks, self.permutation)
         return turned_masks(masks, self.angle) if self.angle else masks
 
-    def _finish(self, batch: Batch) -> Batch:
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         values, target = batch.inputs[self.name], batch.target
         assert isinstance(values, Tensor)
         if self.permutation is not None:
@@ -235,14 +233,6 @@ class _Shifted(View):
         if self.moves_masks and target is not None:
             target = self._moved(target)
         return batch.replace(inputs={**batch.inputs, self.name: values}, target=target, ids=batch.ids + self.first)
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self._finish(self.dataset[indices])
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if self.in_memory:
-            return self._together(order, size)
-        return map(self._finish, self.dataset.read(order, size))
 
 
 def permuted(values: Tensor, order: Tensor) -> Tensor:

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamcl.data import MapDataset, SinglePass, Subset, split_by_class
+from streamcl.data import MapDataset, SinglePass, Subset, View
 from streamcl.errors import ConfigError, DataError
 from streamcl.options import PositiveInt
 from streamcl.plugins import near_name
 from streamcl.seeding import derived, generator
 from streamcl.stream import Batch, Dataset, Scenario, Source, SourceData, StreamInfo, Task
 
-from ._division import by_task, listing, need_target, need_test, numbered
+from ._division import by_task, dealt, listing, need_target, need_test, numbered
 
 KIND = "hierarchical"
 
@@ -208,14 +208,7 @@ class Hierarchical(Scenario):
         level[ranked] = (place + targets[ranked]) % levels
         self._level_of_row = level
         task = own_task[self._number[level, targets]]
-        self._validation_of: tuple[Tensor, ...] = ()
-        if self.validation:
-            _, held = split_by_class(task * len(self._names) + targets, self.validation, generator(seed, "validation"))
-            mine = torch.full_like(task, -1)
-            mine[held] = task[held]
-            self._validation_of = by_task(mine, len(self))
-            task[held] = -1
-        self._train_of = by_task(task, len(self))
+        self._train_of, self._validation_of = dealt(task, len(self), task * len(self._names) + targets, self.validation, seed)
         tested = own_task[self._number[:, data.test.targets]]  # (levels, test samples)
         per_level = [by_task(row, len(self)) for row in tested]
         self._test_of = [per_level[level][index] for index, level in enumerate(self._level_of_task)]
@@ -231,18 +224,12 @@ class Hierarchical(Scenario):
         return _WithParents(view, parents)
 
 
-class _WithParents(MapDataset):
+class _WithParents(View):
     """Samples with the labels of the levels above theirs."""
 
     def __init__(self, dataset: Subset, parents: Tensor) -> None:
-        self.dataset, self.parents, self.targets, self.ids = dataset, parents, dataset.targets, dataset.ids
-        self.workers = dataset.workers
+        super().__init__(dataset)
+        self.parents = parents
 
-    def __getitem__(self, indices: Tensor) -> Batch:
-        batch = self.dataset[indices]
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         return batch.replace(extra={**batch.extra, "parents": self.parents.index_select(0, indices)})
-
-    def read(self, order: Tensor, size: int) -> Any:
-        parts = order.split(size) if len(order) else ()
-        for batch, part in zip(self.dataset.read(order, size), parts, strict=True):
-            yield batch.replace(extra={**batch.extra, "parents": self.parents.index_select(0, part)})

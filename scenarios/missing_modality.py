@@ -25,7 +25,7 @@ training an answer that is the absent text itself, word for word, is blank as we
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -256,11 +256,11 @@ class _Incomplete(View):
     """
 
     def __init__(self, dataset: Picked, modalities: list[str], code: Tensor, first: int, tested: bool) -> None:
-        self.dataset, self.modalities, self.code, self.first, self.tested = dataset, modalities, code, first, tested
-        self.workers, self.in_memory = dataset.workers, dataset.in_memory
+        super().__init__(dataset)
+        self.modalities, self.code, self.first, self.tested = modalities, code, first, tested
 
     def _ids(self) -> Tensor:
-        return self.dataset.ids + self.first
+        return super()._ids() + self.first
 
     def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         code = self.code.index_select(0, indices).long()
@@ -281,11 +281,3 @@ class _Incomplete(View):
                 rows = zip(column, values, present[name].tolist(), strict=True)
                 column = ["" if not there and said == value else said for said, value, there in rows]
         return column
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self._finish(self.dataset[indices], indices)
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if self.in_memory:
-            return self._together(order, size)
-        return map(self._finish, self.dataset.read(order, size), order.split(size) if len(order) else ())

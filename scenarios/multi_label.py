@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamcl.data import ArrayDataset, SinglePass, Subset, View
+from streamcl.data import SinglePass, Subset, View
 from streamcl.errors import ConfigError
 from streamcl.options import Fraction
 from streamcl.seeding import generator
@@ -187,37 +187,16 @@ class _Annotated(View):
     them where it is asked for, since a stream of many tasks would hold mostly these."""
 
     def __init__(self, dataset: Dataset, rows: Tensor, own: Tensor, known: int) -> None:
-        self.dataset, self.rows, self.own, self.known = dataset, rows, own, known
-        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _ids(self) -> Tensor:
-        return self.dataset.ids.index_select(0, self.rows.long())
+        super().__init__(dataset, rows)
+        self.own, self.known = own, known
 
     def _targets(self) -> Tensor:
         return torch.cat([self.own.new_full((len(self.own), self.known), -1), self.own], dim=1)
 
-    def _labels(self, indices: Tensor) -> Tensor:
-        own = self.own.index_select(0, indices)
-        return torch.cat([own.new_full((len(own), self.known), -1), own], dim=1) if self.known else own
-
     def _finish(self, batch: Batch, indices: Tensor) -> Batch:
-        batch.target = self._labels(indices)
+        own = self.own.index_select(0, indices)
+        batch.target = torch.cat([own.new_full((len(own), self.known), -1), own], dim=1) if self.known else own
         return batch
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        rows = self.rows.index_select(0, indices).long()
-        if type(self.dataset) is ArrayDataset:
-            return self.dataset.labelled(rows, self._labels(indices))
-        return self._finish(self.dataset[rows], indices)
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if self.in_memory:
-            return self._together(order, size)
-        parts = order.split(size) if len(order) else ()
-        return map(self._finish, self.dataset.read(self.rows.index_select(0, order).long(), size), parts)
 
 
 def _dealt(joins: list[tuple[Tensor, Tensor]], tasks: int) -> tuple[Tensor, ...]:

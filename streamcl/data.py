@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from streamcl.stream import Batch, Column, Dataset, join, level, take
 CHUNK = 256  # samples; smaller batches are looked up together
 
 
-class MapDataset:
+class MapDataset(ABC):
     """What data sets that can be read at any index share: batches in any order, and views of a part."""
 
     targets: Tensor
@@ -28,8 +29,8 @@ class MapDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, indices: Tensor) -> Batch:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, indices: Tensor) -> Batch: ...
 
     def read(self, order: Tensor, size: int) -> Iterator[Batch]:
         if self.in_memory:
@@ -256,23 +257,47 @@ class Joined(MapDataset):
 
 
 class View(MapDataset):
-    """What is read of another data set, changed on the way. Its targets and ids are looked up where they are asked for and not held
-    a second time, so that many tasks of many samples may be alive at once."""
+    """What is read of another data set, of its samples `rows` where they are given, changed on the way by `_finish`.
 
-    dataset: Dataset
+    Its targets and ids are looked up where they are asked for and not held a second time, so that many tasks of many samples may be
+    alive at once.
+    """
+
+    def __init__(self, dataset: Dataset, rows: Tensor | None = None) -> None:
+        self.dataset, self.rows = dataset, rows
+        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset if self.rows is None else self.rows)
+
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
+        """The samples `indices` of this view, as they are read of the data set below."""
+        return batch
 
     def _targets(self) -> Tensor:
-        return self.dataset.targets
+        return self._of_rows(self.dataset.targets)
 
     def _ids(self) -> Tensor:
-        return self.dataset.ids
+        return self._of_rows(self.dataset.ids)
 
     if not TYPE_CHECKING:  # to a type checker they are the plain attributes of every data set
         targets = property(lambda self: self._targets())
         ids = property(lambda self: self._ids())
+
+    def _of_rows(self, column: Tensor) -> Tensor:
+        return column if self.rows is None else column.index_select(0, self.rows)
+
+    def _below(self, indices: Tensor) -> Tensor:
+        """Where these samples stand in the data set below."""
+        return indices if self.rows is None else self.rows.index_select(0, indices).long()
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self._finish(self.dataset[self._below(indices)], indices)
+
+    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
+        if self.in_memory:
+            return self._together(order, size)
+        return map(self._finish, self.dataset.read(self._below(order), size), order.split(size) if len(order) else ())
 
 
 class Masked(View):
@@ -282,8 +307,8 @@ class Masked(View):
     """
 
     def __init__(self, dataset: Dataset, present: dict[str, Tensor]) -> None:
-        self.dataset, self.present = dataset, present
-        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
+        super().__init__(dataset)
+        self.present = present
 
     def _finish(self, batch: Batch, indices: Tensor) -> Batch:
         masks = dict(batch.present or {})
@@ -292,14 +317,6 @@ class Masked(View):
             masks[name] = mine & masks[name] if name in masks else mine
         inputs = {name: blanked(values, masks.get(name), owned=self.in_memory) for name, values in batch.inputs.items()}
         return Batch(inputs, batch.target, batch.ids, masks, batch.task, batch.extra)
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self._finish(self.dataset[indices], indices)
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if self.in_memory:
-            return self._together(order, size)
-        return map(self._finish, self.dataset.read(order, size), order.split(size) if len(order) else ())
 
 
 def blanked(values: Column, present: Tensor | None, owned: bool = False) -> Column:
@@ -320,48 +337,33 @@ def blanked(values: Column, present: Tensor | None, owned: bool = False) -> Colu
 
 
 class Told(View):
-    """Samples with the number of their task, as a task-incremental protocol tells it."""
+    """Samples with the number of their task, as a task-incremental protocol tells it: one for all, or one for each."""
 
-    def __init__(self, dataset: Dataset, task: int) -> None:
-        self.dataset, self.task = dataset, task
-        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
+    def __init__(self, dataset: Dataset, task: int | Tensor) -> None:
+        super().__init__(dataset)
+        self.task = task
 
-    def _finish(self, batch: Batch) -> Batch:
-        return batch.replace(task=torch.full_like(batch.ids, self.task))
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self._finish(self.dataset[indices])
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if self.in_memory:
-            return self._together(order, size)
-        return map(self._finish, self.dataset.read(order, size))
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
+        task = self.task
+        return batch.replace(task=torch.full_like(batch.ids, task) if isinstance(task, int) else task.index_select(0, indices))
 
 
 class Unlabelled(View):
     """Samples without their targets, as a deployed model is served them."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-        self.workers, self.in_memory = getattr(dataset, "workers", 0), getattr(dataset, "in_memory", False)
-
     def _targets(self) -> Tensor:
         raise AttributeError("these samples are served without their targets")
 
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self.dataset[indices].replace(target=None)
-
-    def read(self, order: Tensor, size: int) -> Iterator[Batch]:
-        if self.in_memory:
-            return self._together(order, size)
-        return (batch.replace(target=None) for batch in self.dataset.read(order, size))
+    def _finish(self, batch: Batch, indices: Tensor) -> Batch:
+        return batch.replace(target=None)
 
 
 class SinglePass(View):
     """Samples that may be read once, as in an online stream: a second reading is an error that says so."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
+        self.workers, self.in_memory = 0, False  # each batch is marked as it is handed out, not as it is looked up
         self.read_already = np.zeros(len(dataset), dtype=bool)
 
     def _mark(self, indices: Tensor) -> None:

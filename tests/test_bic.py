@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_strategies import engine, learn, make, prepared
+from test_strategies import begun, engine, learn, make, prepared
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from streamcl.data import Joined, Subset, whole
-from streamcl.engine import Engine
 from streamcl.errors import ConfigError
 from streamcl.nn.model import Model
 from streamcl.strategy import GradientStrategy
@@ -22,17 +21,6 @@ QUICK: dict[str, Any] = {"epochs": 2, "batch": 32, "optimizer": {"lr": 0.1}, "sc
 
 def bic(**options: Any) -> Any:
     return make("strategy", "bic", **{**QUICK, "bias_epochs": 50, **options})
-
-
-def begun(run: Engine) -> Any:
-    """The next task with its hooks before training run."""
-    task = run._next_task()
-    assert task is not None
-    run.context.begin(task, {})
-    run.strategy.enter_task(task)
-    run.strategy._grow(task)
-    run.strategy.before_task(task)
-    return task
 
 
 class ReplayWithDistillation(GradientStrategy):

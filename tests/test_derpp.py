@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from small_runs import comparable, small_run
-from test_resume import stop_at
+from test_resume import stopped_and_resumed
 from test_strategies import engine, learn, make, prepared
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from streamcl import running
 from streamcl.engine import Engine
-from streamcl.errors import ConfigError, Interrupted
+from streamcl.errors import ConfigError
 from streamcl.strategy import GradientStrategy
 from streamcl.stream import Batch
 
@@ -157,12 +157,7 @@ def test_it_stops_and_goes_on_bit_for_bit(alpha: float, tmp_path: Path, monkeypa
     config = small_run("derpp", strategy={"epochs": 2, "alpha": alpha})
     whole_run = running.run(config, out=tmp_path / "whole")
     for stop in (5, 37):
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            with pytest.raises(Interrupted):
-                running.run(config, out=tmp_path / str(stop))
-        torch.manual_seed(7)
-        assert comparable(running.resume(tmp_path / str(stop))) == comparable(whole_run)
+        assert comparable(stopped_and_resumed(config, tmp_path / str(stop), monkeypatch, stop)) == comparable(whole_run)
 
 
 def test_what_cannot_work_is_refused_before_training() -> None:

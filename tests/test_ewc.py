@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import comparable, small_run
-from test_resume import stop_at
+from test_resume import stopped_and_resumed
 from test_strategies import engine, learn, make, prepared
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
@@ -18,7 +18,7 @@ from streamcl import running
 from streamcl.config import from_mapping
 from streamcl.data import whole
 from streamcl.engine import Engine
-from streamcl.errors import ConfigError, Interrupted
+from streamcl.errors import ConfigError
 
 PLAIN: dict[str, Any] = {"epochs": 1, "batch": 32, "optimizer": {"lr": 0.1}, "schedule": "constant"}
 
@@ -196,12 +196,7 @@ def test_a_run_that_stops_in_the_pass_over_the_fisher_goes_on_bit_for_bit(tmp_pa
     config = small_run("finetune", strategy={"name": "ewc", "epochs": 1, "batch": 32})
     whole_run = running.run(config, out=tmp_path / "whole")
     for stop in (10, 11, 22, 25):  # eight steps of the first task's epoch, eight of its pass, and so on
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            with pytest.raises(Interrupted):
-                running.run(config, out=tmp_path / str(stop))
-        torch.manual_seed(7)
-        assert comparable(running.resume(tmp_path / str(stop))) == comparable(whole_run)
+        assert comparable(stopped_and_resumed(config, tmp_path / str(stop), monkeypatch, stop)) == comparable(whole_run)
 
 
 def test_what_is_kept_is_counted() -> None:

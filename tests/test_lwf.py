@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from small_runs import comparable, small_run
-from test_resume import stop_at
+from test_resume import stopped_and_resumed
 from test_strategies import engine, learn, make, prepared
 
 from streamcl import running
 from streamcl.config import from_mapping
 from streamcl.data import whole
 from streamcl.engine import Engine
-from streamcl.errors import ConfigError, Interrupted
+from streamcl.errors import ConfigError
 
 PLAIN: dict[str, Any] = {"epochs": 2, "batch": 32, "optimizer": {"lr": 0.1}, "schedule": "constant", "over": "task"}
 
@@ -99,12 +99,7 @@ def test_a_run_that_stops_while_the_teacher_teaches_goes_on_bit_for_bit(tmp_path
     config = small_run("finetune", strategy={"name": "lwf", "epochs": 2, "batch": 32})
     whole_run = running.run(config, out=tmp_path / "whole")
     for stop in (21, 40):
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            with pytest.raises(Interrupted):
-                running.run(config, out=tmp_path / str(stop))
-        torch.manual_seed(7)
-        assert comparable(running.resume(tmp_path / str(stop))) == comparable(whole_run)
+        assert comparable(stopped_and_resumed(config, tmp_path / str(stop), monkeypatch, stop)) == comparable(whole_run)
 
 
 def test_named_as_the_strategy_it_is_fine_tuning_over_the_new_classes() -> None:

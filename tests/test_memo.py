@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from small_runs import comparable, small_run
-from test_strategies import engine, learn, make, prepared
+from test_resume import stopped_and_resumed
+from test_strategies import begun, engine, learn, make, prepared
 from torch.nn.functional import cross_entropy
 
 from streamcl import exporting, running
@@ -141,17 +142,6 @@ def test_blocks_of_earlier_tasks_never_change(train_base: bool) -> None:
         assert not same(tensors(network.special[-1]), blocks[-1])
 
 
-def begun(run: Engine) -> Any:
-    """The next task with its hooks before training run."""
-    task = run._next_task()
-    assert task is not None
-    run.context.begin(task, {})
-    run.strategy.enter_task(task)
-    run.strategy._grow(task)
-    run.strategy.before_task(task)
-    return task
-
-
 def test_the_head_keeps_what_it_had_when_it_grows() -> None:
     run = grown()
     learn(run, 2)
@@ -250,18 +240,10 @@ def test_a_network_that_does_not_grow_refuses_the_tensors_of_one_that_did() -> N
 
 
 def test_a_term_with_a_teacher_of_the_smaller_network_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_resume import stop_at
-
-    from streamcl.errors import Interrupted
-
     config = small_run("memo", model={"backbone": {"name": "mlp", "hidden": [24, 16]}}, strategy={"epochs": 2, "with": ["lwf"]}, log=[])
     expected = running.run(config, out=tmp_path / "whole")
     for stop in (7, 12, 18):
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            with pytest.raises(Interrupted):
-                running.run(config, out=tmp_path / str(stop))
-        assert comparable(running.resume(tmp_path / str(stop))) == comparable(expected)
+        assert comparable(stopped_and_resumed(config, tmp_path / str(stop), monkeypatch, stop)) == comparable(expected)
 
 
 def test_a_network_that_grew_is_loaded_and_exported(tmp_path: Path) -> None:

@@ -11,20 +11,12 @@ import yaml
 from small_runs import comparable, small_run
 from streamcl.memory import disk
 from test_processes import launch
-from test_resume import stop_at
+from test_resume import stopped_and_resumed
 
 from streamcl import running
 from streamcl.checkpoint import Checkpoints
-from streamcl.errors import ConfigError, Interrupted
+from streamcl.errors import ConfigError
 from streamcl.plugins import plugins
-
-
-def stopped_and_resumed(config: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> dict[str, Any]:
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        with pytest.raises(Interrupted):
-            running.run(config, out=folder)
-    return running.resume(folder)
 
 
 @pytest.mark.parametrize("policy", sorted(plugins("policy")))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,18 +40,23 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Engine, "_tick", ask_and_tick)
 
 
+def stopped_and_resumed(config: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> dict[str, Any]:
+    """The scores of a run that was stopped at this step and went on, whatever happened in between."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Interrupted, match="streamcl resume"):
+            running.run(config, out=folder)
+    assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
+    torch.manual_seed(999)
+    return running.resume(folder)
+
+
 @pytest.mark.parametrize("strategy", learning())
 def test_a_run_stopped_at_any_step_resumes_to_the_same_scores(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = running.run(small_run(strategy), out=tmp_path / "whole")
     steps = json.loads((tmp_path / "whole/status.json").read_text())["cursor"]["step"]
     for stop in random.Random(strategy).sample(range(1, steps), 2):
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            with pytest.raises(Interrupted, match="streamcl resume"):
-                running.run(small_run(strategy), out=tmp_path / f"stopped{stop}")
-        assert json.loads((tmp_path / f"stopped{stop}/status.json").read_text())["status"] == "interrupted"
-        torch.manual_seed(999)  # whatever happened in between must not matter
-        assert comparable(running.resume(tmp_path / f"stopped{stop}")) == comparable(whole)
+        assert comparable(stopped_and_resumed(small_run(strategy), tmp_path / f"stopped{stop}", monkeypatch, stop)) == comparable(whole)
 
 
 RUN = "import sys; from streamcl.cli import main; sys.argv = ['streamcl', *sys.argv[1:]]; main()"

@@ -45,6 +45,17 @@ def learn(run: Engine, tasks: int) -> list[Task]:
     return learned
 
 
+def begun(run: Engine) -> Any:
+    """The next task with its hooks before training run."""
+    task = run._next_task()
+    assert task is not None
+    run.context.begin(task, {})
+    run.strategy.enter_task(task)
+    run.strategy._grow(task)
+    run.strategy.before_task(task)
+    return task
+
+
 def prepared(run: Engine, batch: Batch) -> Batch:
     return run.context.prepare(batch, train=False)
 

@@ -294,7 +294,8 @@ def test_a_failed_run_stops_no_other_is_named_and_is_tried_again(
 
 def test_ctrl_c_stops_every_run_with_its_state_saved_and_the_same_sweep_goes_on(tmp_path: Path, in_process: list[str]) -> None:
     config, out = write(tmp_path, strategy={"epochs": 100}), tmp_path / "sweep"
-    code = "import sys; from streamcl.cli import main; sys.argv[0] = 'streamcl'; main()"
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # which a suite in the background has not
+    code = f"{heard}; import sys; from streamcl.cli import main; sys.argv[0] = 'streamcl'; main()"
     words = ["sweep", config, "--over", "seed=0,1", "--workers", "2", "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     runs = [out / "seed=0", out / "seed=1"]

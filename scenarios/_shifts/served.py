@@ -98,8 +98,6 @@ class Served(View):
     and with it the source's id.
     """
 
-    workers = 0  # what decodes files reads ahead behind this; corrupting happens here, on the device
-
     def __init__(
         self,
         dataset: Dataset,
@@ -108,7 +106,9 @@ class Served(View):
         told: Callable[[Tensor], dict[str, Column]] | None = None,
         first: int = 0,
     ) -> None:
-        self.dataset, self.corruptor, self.which, self.told, self.first = dataset, corruptor, which, told, first
+        super().__init__(dataset)
+        self.workers, self.in_memory = 0, False  # what decodes files reads ahead behind this; corrupting happens here, on the device
+        self.corruptor, self.which, self.told, self.first = corruptor, which, told, first
         self._kept: tuple[int, Batch] | None = None
 
     def _ids(self) -> Tensor:

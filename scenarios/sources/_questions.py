@@ -8,18 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from streamcl.errors import ConfigError, DataError
+from streamcl.options import Fraction, NonNegativeInt
 from streamcl.plugins import near_name, plugins
-from streamcl.stream import Column
+from streamcl.seeding import generator
+from streamcl.stream import Column, SourceData
 from streamcl.verifiers.choice import Choice
 from streamcl.verifiers.number import Number
 
 from ._dialogue import Picture
-from ._listed import Listed, Refused, Standing
+from ._listed import Listed, ListedMedia, Refused, Standing
 from ._media import Encoded, FileBytes
 
 UNREADABLE = "right answer that its verifier cannot read (kept, not scored)"
@@ -38,6 +41,35 @@ class Question:
     verifier: str = ""
     choices: str = ""  # one per line
     difficulty: float = math.nan
+
+
+class QuestionSource(ListedMedia):
+    """What sources of questions share: where pictures lie, who checks an answer, and the part that is held back for testing."""
+
+    def __init__(
+        self,
+        *,
+        images: Path | None = None,
+        verifier: str | None = None,
+        test_fraction: Fraction = 0.0,
+        split_seed: NonNegativeInt = 0,
+        **media: Any,
+    ) -> None:
+        super().__init__(**media)
+        check_verifier(verifier)
+        self.images, self.verifier, self.test_fraction, self.split_seed = images, verifier, test_fraction, split_seed
+
+    def refuse_both(self, test: Any) -> None:
+        if test is not None and self.test_fraction:
+            raise ConfigError("test and test_fraction contradict each other: give the test files, or the share to hold back")
+
+    def divided(self, rows: list[Question]) -> tuple[list[Question], list[Question]]:
+        return parts_of(rows, self.test_fraction, generator(self.split_seed, "test"))
+
+    def assembled(self, train: list[Question], test: list[Question], names: Sequence[str], refused: Refused) -> SourceData:
+        seen = any(question.pictures for question in [*train, *test])
+        held = listed(test, names, refused, seen) if test else None
+        return self.assemble(listed(train, names, refused, seen), held, names, refused, target="text")
 
 
 class _Held:

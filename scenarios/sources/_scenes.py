@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ from torch.nn.functional import interpolate
 
 from ._drawn import Draws
 
-Domain = Literal["plain", "inverted", "coloured", "noisy", "striped"]
 COLOURS = {
     "red": (230, 40, 40),
     "green": (40, 200, 60),

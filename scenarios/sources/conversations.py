@@ -22,19 +22,17 @@ from typing import Any, Literal
 
 from streamcl.data_files import locate
 from streamcl.errors import ConfigError
-from streamcl.options import Fraction, NonNegativeInt
-from streamcl.seeding import generator
 from streamcl.stream import SourceData
 
 from ._dialogue import Turn, Unusable, pictures_of, prompt, tokens, turns_of
 from ._json_rows import Row, files_at, read_objects
-from ._listed import ListedMedia, Refused
-from ._questions import Question, check_verifier, listed, parts_of
+from ._listed import Refused
+from ._questions import Question, QuestionSource
 
 ENDINGS = (".json", ".jsonl", ".ndjson")
 
 
-class Conversations(ListedMedia):
+class Conversations(QuestionSource):
     """`path` is a file, a glob pattern, a folder, or a list of these; `test` the same with a file for each set, in the same order."""
 
     def __init__(
@@ -42,19 +40,12 @@ class Conversations(ListedMedia):
         *,
         path: Path | list[Path],
         test: Path | list[Path] | None = None,
-        images: Path | None = None,
         turns: Literal["last", "all"] = "last",
-        verifier: str | None = None,
-        test_fraction: Fraction = 0.0,
-        split_seed: NonNegativeInt = 0,
-        **media: Any,
+        **questions: Any,
     ) -> None:
-        super().__init__(**media)
-        check_verifier(verifier)
-        if test is not None and test_fraction:
-            raise ConfigError("test and test_fraction contradict each other: give the test files, or the share to hold back")
-        self.path, self.test, self.images, self.turns, self.verifier = path, test, images, turns, verifier
-        self.test_fraction, self.split_seed = test_fraction, split_seed
+        super().__init__(**questions)
+        self.refuse_both(test)
+        self.path, self.test, self.turns = path, test, turns
 
     def files(self) -> list[str]:
         return [str(file) for part in self._parts() for file in part]
@@ -68,15 +59,8 @@ class Conversations(ListedMedia):
             train = rows
             test = [q for file, name in zip(test_files, names, strict=True) for q in self._questions(file, name, refused)]
         else:
-            train, test = parts_of(_of_their_own(rows), self.test_fraction, generator(self.split_seed, "test"))
-        seen = any(question.pictures for question in [*train, *test])
-        return self.assemble(
-            listed(train, names, refused, seen),
-            listed(test, names, refused, seen) if test else None,
-            names,
-            refused,
-            target="text",
-        )
+            train, test = self.divided(_of_their_own(rows))
+        return self.assembled(train, test, names, refused)
 
     def _parts(self) -> tuple[list[Path], list[Path]]:
         train, test = (_all_files(path) for path in (self.path, self.test))

@@ -30,16 +30,14 @@ from typing import Any
 
 from streamcl.data_files import locate
 from streamcl.errors import ConfigError, DataError
-from streamcl.options import Fraction, NonNegativeInt
 from streamcl.plugins import near_name, plugins
-from streamcl.seeding import generator
 from streamcl.stream import SourceData
 from streamcl.verifier import extract
 
 from ._dialogue import Picture, Unusable, pictures_of, prompt, tokens, turns_of, without_tokens
 from ._json_rows import Row, files_at, read_objects
-from ._listed import ListedMedia, Refused
-from ._questions import Question, check_verifier, listed, parts_of
+from ._listed import Refused
+from ._questions import Question, QuestionSource
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")
 USUAL = {
@@ -57,7 +55,7 @@ TYPES |= {"free-form": "text", "free_form": "text", "ocr": "text"}
 LEVELS = {"easy": 1.0, "medium": 2.0, "hard": 3.0}
 
 
-class Problems(ListedMedia):
+class Problems(QuestionSource):
     """`path` is a file, a glob pattern or a folder, `test` a second one; without it `test_fraction` of every skill is held back.
 
     Rows with the same picture (the same path, or the same bytes) are held back together, so that no picture is in both parts.
@@ -75,20 +73,13 @@ class Problems(ListedMedia):
         skill: str | None = None,
         difficulty: str | None = None,
         pass_rate: str | None = None,
-        verifier: str | None = None,
-        images: Path | None = None,
-        test_fraction: Fraction = 0.0,
-        split_seed: NonNegativeInt = 0,
-        **media: Any,
+        **questions: Any,
     ) -> None:
-        super().__init__(**media)
-        check_verifier(verifier)
-        if test is not None and test_fraction:
-            raise ConfigError("test and test_fraction contradict each other: give the test file, or the share to hold back")
+        super().__init__(**questions)
+        self.refuse_both(test)
         if difficulty is not None and pass_rate is not None:
             raise ConfigError("difficulty and pass_rate contradict each other: one column says how hard a row is")
-        self.path, self.test, self.images, self.verifier = path, test, images, verifier
-        self.test_fraction, self.split_seed = test_fraction, split_seed
+        self.path, self.test = path, test
         self.asked = {"question": question, "answer": answer, "image": image, "choices": choices, "skill": skill}
         self.asked |= {"difficulty": difficulty, "pass_rate": pass_rate}
 
@@ -98,19 +89,9 @@ class Problems(ListedMedia):
     def load(self) -> SourceData:
         refused = Refused(self.on_error)
         rows = self._questions(self.path, refused)
-        if self.test is not None:
-            train, test = rows, self._questions(self.test, refused)
-        else:
-            train, test = parts_of(rows, self.test_fraction, generator(self.split_seed, "test"))
+        train, test = self.divided(rows) if self.test is None else (rows, self._questions(self.test, refused))
         names = sorted({question.group for question in [*train, *test]})
-        seen = any(question.pictures for question in [*train, *test])
-        return self.assemble(
-            listed(train, names, refused, seen),
-            listed(test, names, refused, seen) if test else None,
-            names,
-            refused,
-            target="text",
-        )
+        return self.assembled(train, test, names, refused)
 
     def _questions(self, path: Path, refused: Refused) -> list[Question]:
         found: list[Question] = []

@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from streamcl.context import Context
 from streamcl.data import Joined, Subset, place_in_class
 from streamcl.errors import ConfigError
+from streamcl.nn.losses import distillation
 from streamcl.nn.model import Model
 from streamcl.options import Fraction, NonNegativeFloat, NonNegativeInt, Optimizer, PositiveFloat, PositiveInt, Schedule
 from streamcl.seeding import generator
@@ -41,6 +42,7 @@ from streamcl.stream import Batch, Dataset, Prediction, StreamInfo, Task
 
 
 class BiC(GradientStrategy):
+    targets = ("class",)
     selection = "herding"
     needs_exemplars = True
     fills_memory = True
@@ -68,8 +70,6 @@ class BiC(GradientStrategy):
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
-        if info.target != "class":
-            raise ConfigError(f"bic corrects the scores of classes, and the target of this stream is {info.target}: take er or finetune")
         if info.passes is not None:
             raise ConfigError("bic reads a task again to choose exemplars, and this stream can be read once: set scenario.online=false")
         if self.replay:
@@ -124,7 +124,7 @@ class BiC(GradientStrategy):
         assert self.logits is not None
         with torch.no_grad():
             old = self.teacher(batch)  # (batch, old classes)
-        soft = cross_entropy(self.logits[:, : self.known] / self.temperature, (old / self.temperature).softmax(dim=1))
+        soft = distillation(self.logits[:, : self.known], old, self.temperature)
         return self.weight * soft + (1 - self.weight) * hard
 
     def after_task(self, task: Task) -> None:

@@ -37,6 +37,7 @@ from streamcl.stream import Batch, Dataset, StreamInfo, Task
 
 
 class MEMO(GradientStrategy):
+    targets = ("class",)
     selection = "herding"
     needs_exemplars = True
     fills_memory = True
@@ -58,10 +59,6 @@ class MEMO(GradientStrategy):
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
-        if info.target != "class":
-            raise ConfigError(
-                f"memo grows with the classes of its stream, and the target of this one is {info.target}: take er or finetune"
-            )
         if info.passes is not None:
             raise ConfigError("memo reads a task again to choose exemplars, and this stream can be read once: set scenario.online=false")
         self.network = self.model.backbone = Expandable(self.model.backbone)

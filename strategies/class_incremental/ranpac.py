@@ -45,13 +45,14 @@ class RanPAC(SimpleCIL):
         super().__init__(batch=batch)
         self.M, self.choice = M, ridge
         self.chosen = 1.0 if isinstance(ridge, str) else float(ridge)
-        self.energy = 0.0  # the trace of G, which its largest eigenvalue cannot exceed
+        self.energy = torch.zeros((), dtype=torch.float64)  # the trace of G, which its largest eigenvalue cannot exceed
         self.parts: dict[str, Tensor] = {}  # G and Q of what lambda is fitted on, and of what is held out
 
     def configure(self) -> None:
         dim = self.model.backbone.dim
         self.projection = torch.randn(dim, self.M, generator=generator(self.context.seed, "ranpac projection"), dtype=torch.float64)
         self.projection = self.projection.to(self.context.device)  # W
+        self.energy = self.energy.to(self.context.device)
         self.memory.analytic.configure(self.M or dim, self.chosen)
 
     def expand(self, features: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class RanPAC(SimpleCIL):
             features, labels = self.extract(raw)
             h = self.expand(features)
             self.memory.analytic.update(h, labels, max(task.seen) + 1)
-            self.energy += float(h.square().sum())
+            self.energy = self.energy + h.square().sum()
             self.split(h, labels, raw.ids, 1.0)
             self.changed()
         if isinstance(self.choice, str):
@@ -107,7 +108,7 @@ class RanPAC(SimpleCIL):
 
     def floor(self) -> float:
         """The lambda below which rounding, of G's largest eigenvalue, is larger."""
-        return torch.finfo(torch.float64).eps * self.energy
+        return torch.finfo(torch.float64).eps * float(self.energy)
 
     @cached_property
     def classifier(self) -> Tensor:
@@ -131,7 +132,7 @@ class RanPAC(SimpleCIL):
             features, labels = self.extract(raw)
             h = self.expand(features)
             self.memory.analytic.remove(h, labels)
-            self.energy -= float(h.square().sum())
+            self.energy = self.energy - h.square().sum()
             if self.choice == "stream":
                 self.split(h, labels, raw.ids, -1.0)
         if self.choice == "stream":
@@ -140,12 +141,12 @@ class RanPAC(SimpleCIL):
         return ("analytic", "energy", "parts") if self.choice == "task" else ("analytic", "energy", "parts", "chosen")
 
     def state(self) -> dict[str, Any]:
-        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("chosen", "energy")}
-        return {"projection": self.projection, "parts": self.parts, **numbers}
+        chosen = torch.tensor(self.chosen, dtype=torch.float64)
+        return {"projection": self.projection, "parts": self.parts, "chosen": chosen, "energy": self.energy}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.projection = state["projection"].to(self.context.device)
-        self.chosen, self.energy = float(state["chosen"]), float(state["energy"])
+        self.chosen, self.energy = float(state["chosen"]), state["energy"].to(self.context.device)
         self.parts = {name: value.to(self.context.device) for name, value in state["parts"].items()}
         self.changed()
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from streamcl.context import Context
-from streamcl.errors import ConfigError
 from streamcl.options import PositiveInt
 from streamcl.strategy import Strategy
 from streamcl.stream import Batch, Prediction, StreamInfo, Task
 
 
 class SimpleCIL(Strategy):
+    targets = ("class",)
     processes = True
 
     def __init__(self, *, batch: PositiveInt = 128) -> None:
@@ -30,12 +30,6 @@ class SimpleCIL(Strategy):
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
-        if info.target != "class" or info.test_time:
-            what = "has no labels to learn from" if info.test_time else f"has the target {info.target}"
-            raise ConfigError(
-                f"{type(self).__name__} learns one class for each sample, and this stream {what}: a scenario of single labels, such as "
-                "class_incremental, is needed"
-            )
         self.model.requires_grad_(False)
         self.configure()
 

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from streamcl.errors import ConfigError
+from streamcl.nn.losses import distillation
 from streamcl.nn.model import Model
 from streamcl.options import NonNegativeFloat, PositiveFloat
 from streamcl.strategy import GradientStrategy, Term
@@ -70,8 +70,3 @@ class LwF(Term):
         if state["teacher"] is not None:
             self.teacher = self.strategy.model.copy()
             self.teacher.restore(state["teacher"])
-
-
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The cross-entropy of the student's softened scores against the teacher's; smallest, the teacher's entropy, where the two agree."""
-    return cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))

@@ -6,6 +6,7 @@ Scores are logits. What is not annotated (-1) is left out of every count.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,8 +107,9 @@ class _F1(torchmetrics.Metric):
         per_task = {task: self.of(classes) for task, classes in self.room.arrived.items()}
         return Score(self.of(range(self.room.classes)), per_class, per_task)
 
+    @abstractmethod
     def of(self, classes: Sequence[int]) -> float | None:
-        raise NotImplementedError
+        """The figure over these classes."""
 
     def _parts(self, classes: Sequence[int]) -> list[tuple[int, int, int, int]]:
         """The counts of the classes that are annotated anywhere."""

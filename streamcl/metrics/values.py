@@ -5,6 +5,7 @@ All sums are in float64. With several values per sample each figure is the mean 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ class _Sums(torchmetrics.Metric):
         self.sums += self.terms(predicted.to(self.sums.device), target.to(self.sums.device))
         self.samples += len(answer.batch)
 
+    @abstractmethod
     def terms(self, predicted: Tensor, target: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What a batch adds to the sums  # (figures, values)"""
 
     def compute(self) -> Score:
         return Score(self.value(self.sums, int(self.samples)) if int(self.samples) else None)

@@ -32,6 +32,11 @@ def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return total / (target != NOT_ANNOTATED).sum().clamp(min=1)  # a batch without an annotation has nothing to learn, and its mean is NaN
 
 
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The cross-entropy of the student's softened scores against the teacher's; smallest, the teacher's entropy, where the two agree."""
+    return cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))
+
+
 CRITERIA: dict[str, Callable[..., Tensor]] = {
     "class": cross_entropy,
     "labels": annotated_binary_cross_entropy,
