@@ -1,4 +1,4 @@
-"""Configurations of a second or two, for every strategy there is: a new strategy is covered the day its file appears."""
+"""Configurations of a second or two, for every strategy and term there is: a new one is covered the day its file appears."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from streamcl.plugins import find, plugins
 
-# What a strategy needs beside its defaults to be quick on digits; one that is missing here runs with them, for one epoch if it has epochs.
+# What a strategy or term needs beside its defaults to be quick on digits; one that is missing here runs with them, for one epoch if it has
+# epochs, a term on fine-tuning. One that learns no stream of single classes names its `scenario` here.
 QUICK: dict[str, dict[str, Any]] = {
     "finetune": {"strategy": {"epochs": 2, "batch": 32}},
     "joint": {"strategy": {"epochs": 2, "batch": 32}},
@@ -42,18 +43,33 @@ TEST_TIME: dict[str, Any] = {
 }
 
 
-def learns(name: str) -> bool:
-    """Whether the strategy learns from tasks; one of the test-time family adapts to what it serves."""
+def family(name: str) -> str:
     found = plugins("strategy").get(name)
-    return found is None or found.family != "test_time"
+    return found.family if found else "terms"
+
+
+def learns(name: str) -> bool:
+    """Whether it learns from tasks; one of the test-time family adapts to what it serves."""
+    return family(name) != "test_time"
+
+
+def strategies() -> list[str]:
+    """All there are, and the terms, which fine-tuning carries."""
+    return sorted([*plugins("strategy"), *plugins("term")])
 
 
 def learning() -> list[str]:
     return [name for name in strategies() if learns(name)]
 
 
-def strategies() -> list[str]:
-    return sorted(plugins("strategy"))
+def on_digits() -> list[str]:
+    """Those that answer with the ten digits."""
+    return [name for name in strategies() if "scenario" not in QUICK.get(name, {})]
+
+
+def classifying() -> list[str]:
+    """Those that learn classes, a few per task."""
+    return [name for name in on_digits() if learns(name)]
 
 
 def small_run(name: str, /, **changes: Any) -> dict[str, Any]:
@@ -68,7 +84,8 @@ def small_run(name: str, /, **changes: Any) -> dict[str, Any]:
     }
     if not learns(name):
         config.update(copy.deepcopy(TEST_TIME))
-    quick = QUICK.get(name) or {"strategy": {"epochs": 1} if "epochs" in find("strategy", name).options else {}}
+    carried = find("strategy", "finetune") if family(name) == "terms" else find("strategy", name)
+    quick = QUICK.get(name) or {"strategy": {"epochs": 1} if "epochs" in carried.options else {}}
     for section, options in (*copy.deepcopy(quick).items(), *changes.items()):
         if isinstance(options, dict) and isinstance(config.get(section), dict) and "name" not in options:
             config[section] = {**config[section], **options}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from small_runs import small_run, strategies
+from small_runs import on_digits, small_run
 from test_backbones import SENTENCES, TINY, bert_folder, timm_weights  # noqa: F401
 
 import streamcl
@@ -34,7 +34,7 @@ PIXELS = PIXELS.reshape(-1, 1, 8, 8).astype(np.uint8)
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A finished run of each strategy, which no test may change."""
     folder = tmp_path_factory.mktemp("runs")
-    for strategy in strategies():
+    for strategy in on_digits():
         running.run(small_run(strategy, log=[]), out=folder / strategy)
     return {path.name: path for path in folder.iterdir()}
 
@@ -48,7 +48,7 @@ def same_answers(one: Any, other: Any, inputs: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize("strategy", strategies())
+@pytest.mark.parametrize("strategy", on_digits())
 def test_the_run_and_its_export_predict_the_same_bit_for_bit(strategy: str, runs: dict[str, Path], tmp_path: Path) -> None:
     exported = streamcl.load(exporting.export(runs[strategy], tmp_path / "model"), device="cpu")
     learned = streamcl.load(runs[strategy])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from small_runs import comparable, learning, small_run
+from small_runs import classifying, comparable, small_run
 
 from streamcl import cli, config, feeding, running
 from streamcl.errors import ConfigError, DataError, Interrupted, PluginError, RunError
@@ -60,7 +60,7 @@ def contents(run: Path) -> dict[str, str]:
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("strategy", learning())
+@pytest.mark.parametrize("strategy", classifying())
 def test_every_strategy_learns_new_classes_then_old_ones_then_both(strategy: str, tmp_path: Path, finished: Any) -> None:
     run = finished(strategy, tmp_path / "run")
     before = json.loads((run / "scores.json").read_text())["matrix"]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from small_runs import small_run
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from streamcl import running
 from streamcl.config import EngineConfig
 from streamcl.data import ArrayDataset, whole
 from streamcl.engine import Engine
@@ -286,30 +282,6 @@ def test_a_single_pass_stream_is_learned_in_one_pass(strategy: str) -> None:
 def test_more_epochs_than_the_stream_allows_are_refused(strategy: str) -> None:
     with pytest.raises(ConfigError, match=r"strategy.epochs is 3 .* set strategy.epochs=1"):
         engine(make("strategy", strategy, epochs=3), online=True)
-
-
-def test_a_class_with_one_sample_and_a_task_with_one_class_are_learned(tmp_path: Path) -> None:
-    images = torch.randint(0, 255, (41, 1, 8, 8), dtype=torch.uint8)
-    labels = torch.tensor([0] * 20 + [1] * 20 + [2])
-    np.savez(tmp_path / "data.npz", image=images.numpy(), y=labels.numpy())
-    np.savez(tmp_path / "test.npz", image=images.numpy(), y=labels.numpy())
-    source = {"name": "arrays", "path": str(tmp_path / "data.npz"), "test": str(tmp_path / "test.npz"), "inputs": {"image": "image"}}
-    for strategy in ("er", "finetune", "joint", "icarl", "gacil"):
-        config = small_run(strategy, scenario={"name": "class_incremental", "data": source, "classes": [["0", "1"], ["2"]]}, log=[])
-        scores = running.run(config, out=tmp_path / strategy)
-        assert len(scores["matrix"]) == 2 and scores["matrix"][1][1] is not None
-
-
-def test_nothing_is_learned_from_predict() -> None:
-    for name, options in {"er": {"epochs": 1}, "icarl": {"epochs": 1, "batch": 32}, "gacil": {"buffer": 50}}.items():
-        run = engine(make("strategy", name, **options), backbone=make("backbone", "mlp", hidden=[16]))
-        tasks = learn(run, 2)
-        before = {name: value.clone() for name, value in run.model.state_dict().items()}
-        state, random = run.memory.nbytes(), torch.get_rng_state()
-        batch = whole(run.scenario.test(tasks[0], tasks[1]))
-        first, second = run._predict(batch).scores, run._predict(batch).scores
-        assert torch.equal(first, second) and run.memory.nbytes() == state and torch.equal(torch.get_rng_state(), random)
-        assert all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
 
 
 def test_a_strategy_never_sees_the_labels_that_it_is_scored_on() -> None:
