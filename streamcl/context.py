@@ -208,6 +208,19 @@ class Context:
         self.logged.update(figures)
 
     @torch.no_grad()
+    def embedded(self, raw: Batch) -> tuple[Tensor, Tensor]:
+        """Features in float64 of a raw batch by the model as it is, without augmentation, and its targets  # (batch, dim), (batch, ...)
+
+        For statistics that are gathered batch by batch: of several processes each makes its part.
+        """
+        batch = self.prepare(raw, train=False)
+        mine, _ = self.shard(batch)
+        with self.autocast():
+            features = self.model.features(mine)
+        assert batch.target is not None
+        return self.gather(features.double(), len(batch)), batch.target
+
+    @torch.no_grad()
     def features(self, data: Dataset | Batch, size: int = 256) -> Tensor:
         """Features of samples by the current model in evaluation mode, without augmentation  # (samples, dim)"""
         parts = [data[s : s + size] for s in range(0, len(data), size)] if isinstance(data, Batch) else data.batches(size)

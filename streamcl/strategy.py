@@ -110,7 +110,7 @@ class Term:
 
 
 class GradientStrategy(Strategy):
-    """The training loop. A method fills in `loss`, and any of `enter_task`, `before_task`, `training_data`, `compose`,
+    """The training loop. A method fills in `loss`, and any of `enter_task`, `before_task`, `training_data`, `train`, `compose`,
     `after_backward`, `after_step`, `after_epoch`, `after_task`, `parameter_groups`, `training_mode`.
 
     On a resumed task a hook that had finished is not run again. So what `before_task` makes belongs in `state`; what only follows
@@ -219,7 +219,7 @@ class GradientStrategy(Strategy):
         for term in self.terms:
             term.enter_task(task)
         before, after = [term.before_task for term in self.terms], [term.after_task for term in self.terms]
-        for number, hook in enumerate([self._grow, *before, self.before_task, self._train, self.after_task, *after]):
+        for number, hook in enumerate([self._grow, *before, self.before_task, self.train, self.after_task, *after]):
             if number >= self.hooks_done:
                 hook(task)
                 self.hooks_done = number + 1
@@ -227,7 +227,8 @@ class GradientStrategy(Strategy):
     def _grow(self, task: Task) -> None:
         self.model.grow(max(task.seen) + 1)
 
-    def _train(self, task: Task) -> None:
+    def train(self, task: Task) -> None:
+        """Training itself: `training_data` is gone through, and a memory that ranks whole classes is filled."""
         self.fit(task, self.training_data(task), self.stages.first if task.index == 0 else self.stages.later)
         self.model.eval()
         exemplars = self.memory.exemplars
@@ -373,7 +374,7 @@ class GradientStrategy(Strategy):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, kept with the features for the terms."""
-        features = self.features = self.model.backbone(batch)
+        features = self.features = self.model.features(batch)
         logits = self.logits = self.model.head(features)
         return logits
 

@@ -24,6 +24,28 @@ QUICK: dict[str, dict[str, Any]] = {
     "memo": {"strategy": {"epochs": 2, "batch": 32}, "model": {"backbone": {"name": "mlp", "hidden": [32, 16]}}},
     "derpp": {"strategy": {"epochs": 2}},
     "er_ace": {"strategy": {"epochs": 2}},
+    "proto": {"strategy": {"epochs": 2, "batch": 64}},
+    "teen": {"strategy": {"epochs": 2, "batch": 64}},
+}
+LABEL_SETS: dict[str, Any] = {  # small pictures of one digit, or of two that lie over each other
+    "scenario": {
+        "name": "multi_label",
+        "data": {
+            "name": "digit_scenes",
+            "size": 8,
+            "scale": 1,
+            "digits": [1, 2],
+            "overlap": True,
+            "scenes": 200,
+            "test_scenes": 60,
+        },
+        "increment": 2,
+    },
+    "model": {"backbone": {"name": "convnet", "width": 8, "blocks": 2}},
+}
+QUICK |= {
+    "krt": {**LABEL_SETS, "strategy": {"epochs": 2, "batch": 32, "dim": 16, "heads": 2}},
+    **{name: {**LABEL_SETS, "strategy": {"epochs": 2, "batch": 32}} for name in ("asl", "ml_finetune", "ml_masked", "ml_joint")},
 }
 TEST_TIME: dict[str, Any] = {
     "scenario": {

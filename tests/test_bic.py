@@ -180,7 +180,7 @@ def test_as_many_samples_of_each_class_are_held_out_and_none_is_trained_on() -> 
             before = set(held.ids.tolist())
             assert strategy.split(task)[1].ids.tolist() == held.ids.tolist()  # on a resumed task the same
         strategy.rest = Subset(task.train, torch.arange(40))
-        strategy._train(task)
+        strategy.train(task)
         strategy.after_task(task)
 
 

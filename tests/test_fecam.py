@@ -133,7 +133,7 @@ def test_samples_are_taken_back_as_if_they_had_never_come(options: dict) -> None
     fresh = engine(make("strategy", "fecam", **options), backbone=make("backbone", "identity"))
     for task in run.tasks:
         kept = task.train[(~torch.isin(task.train.ids, part.ids)).nonzero().squeeze(1)]
-        fresh.strategy.take_in(*fresh.strategy.extract(kept))
+        fresh.strategy.take_in(*fresh.context.embedded(kept))
     after = run.strategy.predict(test).scores
     torch.testing.assert_close(after, fresh.strategy.predict(test).scores, rtol=1e-8, atol=1e-8)
     assert not torch.equal(after, before)

@@ -73,7 +73,7 @@ def test_erased_samples_are_as_if_they_had_never_come(tmp_path: Path) -> None:
     ids = torch.cat([task.train.ids[::7] for task in tasks])
     receipt = forgetting.forget(tmp_path / "run", ids.tolist())
     for task in tasks:
-        fresh.strategy.take_in(*fresh.strategy.extract(task.train[(~torch.isin(task.train.ids, ids)).nonzero().squeeze(1)]))  # type: ignore[attr-defined]
+        fresh.strategy.take_in(*fresh.context.embedded(task.train[(~torch.isin(task.train.ids, ids)).nonzero().squeeze(1)]))  # type: ignore[attr-defined]
     left = running.restored(tmp_path / "run")[0].context.memory.prototypes
     means = [part.means()[part.labels().argsort()] for part in (left, fresh.memory.prototypes)]  # rows are in the order of appearance
     torch.testing.assert_close(*means, rtol=0, atol=1e-12)

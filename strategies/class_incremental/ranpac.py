@@ -61,7 +61,7 @@ class RanPAC(SimpleCIL):
     def learn(self, task: Task) -> None:
         self.model.eval()
         for raw in self.context.batches(task.train, self.batch, shuffle=False):
-            features, labels = self.extract(raw)
+            features, labels = self.context.embedded(raw)
             h = self.expand(features)
             self.memory.analytic.update(h, labels, max(task.seen) + 1)
             self.energy = self.energy + h.square().sum()
@@ -129,7 +129,7 @@ class RanPAC(SimpleCIL):
         """Exact. A lambda that was chosen on a task's own samples stays as it is: their statistics are gone."""
         for start in range(0, len(samples), self.batch):
             raw = samples[start : start + self.batch]
-            features, labels = self.extract(raw)
+            features, labels = self.context.embedded(raw)
             h = self.expand(features)
             self.memory.analytic.remove(h, labels)
             self.energy = self.energy - h.square().sum()

@@ -40,16 +40,7 @@ class SimpleCIL(Strategy):
     def learn(self, task: Task) -> None:
         self.model.eval()
         for raw in self.context.batches(task.train, self.batch, shuffle=False):
-            self.take_in(*self.extract(raw))
-
-    def extract(self, raw: Batch) -> tuple[Tensor, Tensor]:
-        """Features and labels of a raw batch, without augmentation  # (batch, dim), (batch,)"""
-        batch = self.context.prepare(raw, train=False)
-        mine, _ = self.context.shard(batch)
-        with torch.no_grad(), self.context.autocast():
-            features = self.model.features(mine)
-        assert batch.target is not None
-        return self.context.gather(features.double(), len(batch)), batch.target
+            self.take_in(*self.context.embedded(raw))
 
     def take_in(self, features: Tensor, labels: Tensor) -> None:
         self.memory.prototypes.update(features, labels)
@@ -72,5 +63,5 @@ class SimpleCIL(Strategy):
 
     def erase(self, samples: Batch) -> tuple[str, ...]:
         for start in range(0, len(samples), self.batch):
-            self.give_back(*self.extract(samples[start : start + self.batch]))
+            self.give_back(*self.context.embedded(samples[start : start + self.batch]))
         return ("prototypes",)

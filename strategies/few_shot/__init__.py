@@ -1,0 +1,1 @@
+"""Few-shot strategies: a base session rich in data, then a few samples of each new class."""
