@@ -4,13 +4,20 @@ The stream that generators of pictures are customized on (DreamBooth, Custom Dif
 source is a concept, or those that `concepts` lists, in the order of the list; each gives `images` training images, drawn by
 the seed. A task is one concept, or `together` of them.
 
-The words: `placeholder` with the concept's number in place of {} ("<new1>"), and the class word, which is `word` for all
-concepts ("digit"), a word per concept, or the concept's own name. `templates` are the captions of training: {} stands for the
-placeholder and the class word. `prompts` are those of evaluation, and `joint_prompts` name two concepts at once ({0} and {1}), the new
-one with each that came before. A training sample's caption is in `extra["caption"]` (one template each, drawn by the seed).
+The words: `placeholder` with the concept's number in place of {} ("<new1>"), or its own name in place of {name}, for pictures that are
+not of new concepts (a base that is trained on captions); and the class word, which is `word` for all concepts ("digit"), a word per
+concept, or the concept's own name. `templates` are the captions of training: {} stands for the placeholder and the class word. `prompts`
+are those of evaluation, and `joint_prompts` name two concepts at once ({0} and {1}), the new one with each that came before. A training
+sample is a picture and, as its text, a caption (one template each, drawn by the seed).
 
-`task.concepts` lists for every concept of the task its name, placeholder, word, prompts and joint prompts. What a concept learner paints
-is scored by the strategy's own figures; there is no test set.
+`task.concepts` lists for every concept of the task its name, placeholder, word, phrase, prompts and joint prompts.
+
+What is scored of a task are `samples` pictures for each of its prompts, whose ids seed the noise that they are painted from. Who judges
+them says `judge`: `own`, a small encoder of pictures and class names that is trained on the source's real pictures of all its classes
+before the stream (once, and cached; never on painted ones), or CLIP where its weights are at hand (`open_clip:ViT-B-32/laion2b_s34b_b79k`,
+or `open_clip:` and a folder), or `none`. In what the judge reads, the placeholder and class word are replaced by the concept's own name
+for `own`, which knows no other words, and by the class word for CLIP. The real pictures that painted ones are compared with are the
+concept's training pictures.
 """
 
 from __future__ import annotations
@@ -19,15 +26,19 @@ from typing import Any, Literal
 
 import torch
 
-from streamcl.data import Subset, View, place_in_class
+from streamcl.data import ArrayDataset, Subset, View, place_in_class
 from streamcl.errors import ConfigError, DataError
 from streamcl.options import PositiveInt
 from streamcl.seeding import derived, generator
-from streamcl.stream import Batch, Dataset, Scenario, Source, StreamInfo, Task
+from streamcl.stream import Batch, Dataset, Modality, Scenario, Source, StreamInfo, Task
 
 from ._division import arranged, by_task, listing, need_target, numbered, refuse_repeats
 
 KIND = "concepts"
+METRICS = ("image_alignment", "text_alignment", "recognised", "confusion", "joint_image_alignment", "joint_text_alignment")
+CLIP = "open_clip:"
+QUESTIONS = 2**60  # prompts are numbered from here, so that their ids are none of a picture's
+JUDGED = 200  # real pictures of each class, at most, that an own judge is trained on
 
 
 class Concepts(Scenario):
@@ -51,6 +62,8 @@ class Concepts(Scenario):
         ),
         prompts: tuple[str, ...] = ("a photo of {}", "a drawing of {}", "{} on a black background", "two of {} side by side"),
         joint_prompts: tuple[str, ...] = ("a photo of {0} next to {1}",),
+        samples: PositiveInt = 6,
+        judge: str = "own",
         modality: str = "image",
         order: Literal["seed", "given", "alphabetical"] = "given",
         **options: Any,
@@ -58,8 +71,12 @@ class Concepts(Scenario):
         super().__init__(**options)
         if self.validation:
             raise ConfigError(f"{KIND}: validation takes a share of a few images per concept: leave it out")
-        if "{}" not in placeholder:
+        if "{}" not in placeholder and "{name}" not in placeholder:
             raise ConfigError(f"{KIND}: placeholder {placeholder!r} is the same for every concept: put {{}} where its number belongs")
+        if judge not in ("own", "none") and (not judge.startswith(CLIP) or judge == CLIP):
+            raise ConfigError(
+                f"{KIND}: judge {judge!r} is unknown: own, none, or open_clip: and a model ({CLIP}ViT-B-32/laion2b_s34b_b79k)"
+            )
         for option, texts in (("templates", templates), ("prompts", prompts)):
             wrong = [text for text in texts if text.count("{}") != 1]
             if wrong or not texts:
@@ -73,7 +90,9 @@ class Concepts(Scenario):
             raise ConfigError(f"{KIND}: joint_prompts: {wrong[0]!r} lacks {{0}} or {{1}}: each names two concepts")
         self.data, self.concepts, self.images, self.together = data, concepts, images, together
         self.placeholder, self.word, self.modality, self.order = placeholder, word, modality, order
-        self.templates, self.prompts, self.joint_prompts = templates, prompts, joint_prompts
+        self.templates, self.prompts, self.joint_prompts, self.samples = templates, prompts, joint_prompts, samples
+        self.by = judge
+        self._judge: Any = None
 
     def open(self, seed: int) -> StreamInfo:
         loaded = self.data.load()
@@ -81,7 +100,7 @@ class Concepts(Scenario):
         if self.modality not in loaded.modalities or loaded.modalities[self.modality].kind != "image":
             there = ", ".join(f"{name} ({m.kind})" for name, m in loaded.modalities.items())
             raise ConfigError(f"{KIND}: {self.modality!r} is no modality of images; the source has {there}: name one with modality")
-        self.problems, self._seed, self._train = loaded.problems, seed, loaded.train
+        self.problems, self._seed, self._train, self._classes = loaded.problems, seed, loaded.train, list(loaded.class_names)
         number = {name: place for place, name in enumerate(loaded.class_names)}
         if self.concepts is not None:
             arrival = [numbered(name, number, f"{KIND}: concepts") for name in self.concepts]
@@ -105,14 +124,18 @@ class Concepts(Scenario):
         self._rows = by_task(chosen, -(-len(arrival) // self.together))
         self._all = [self._words(place, name) for place, name in enumerate(names)]
         self.info = StreamInfo(
-            modalities={self.modality: loaded.modalities[self.modality]},
+            modalities={self.modality: loaded.modalities[self.modality], "text": Modality("text")},
             target="image",
-            metrics=(),
+            metrics=() if self.by == "none" else METRICS,
             classes=len(names),
             tasks=len(self._rows),
             licence=loaded.licence,
             class_names=tuple(names),
+            asks=("text",),
+            words=tuple(concept["placeholder"] for concept in self._all),
+            nouns=tuple(concept["word"] for concept in self._all),
         )
+        self._names, self._arrival, self._judge = names, arrival, None
         return self.info
 
     def __len__(self) -> int:
@@ -134,11 +157,62 @@ class Concepts(Scenario):
             seen=tuple(range(last)),
             labels=tuple(range(first, last)),
             names={place: concept["name"] for place, concept in enumerate(self._all[:last])},
-            about={"concepts": mine, "shots": self.images},
+            about={"concepts": mine, "joint_templates": list(self.joint_prompts), "shots": self.images},
         )
 
     def test(self, task: Task, after: Task) -> Dataset | None:
-        return None
+        """The prompts of a task's concepts, `samples` times each; the joint ones name concepts that came before it."""
+        if self.by == "none":
+            return None
+        texts: list[Any] = []
+        judged: list[Any] = []
+        concepts: list[tuple[int, ...]] = []
+        for place in task.classes:
+            asked: list[tuple[str, tuple[int, ...]]] = [(text, (place,)) for text in self.prompts]
+            asked += [(text, (place, earlier)) for earlier in range(place) for text in self.joint_prompts]
+            for text, named in asked:
+                said = [self._all[label]["phrase"] for label in named]
+                told = [self._said_to_judge(label) for label in named]
+                texts += [_filled(text, said)] * self.samples
+                judged += [_filled(text, told)] * self.samples
+                concepts += [named] * self.samples
+        marks = torch.zeros(len(texts), len(self._all), dtype=torch.uint8)
+        for row, both in enumerate(concepts):
+            marks[row, list(both)] = 1
+        first = QUESTIONS + derived(self._seed, "prompts", task.index) % 2**32 * 2**20
+        ids = torch.arange(first, first + len(texts))
+        return ArrayDataset({"text": texts}, torch.tensor([n[0] for n in concepts]), ids, extra={"judged": judged, "named": marks})
+
+    def judge(self) -> Any:
+        if self._judge is None and self.by != "none":
+            from streamcl import judging
+
+            real = self._real_pictures()
+            if self.by.startswith(CLIP):
+                encoder: Any = judging.Clip(self.by.removeprefix(CLIP), real[0].shape[1])
+            else:
+                labels = torch.cat([torch.full((len(pictures),), c) for c, pictures in enumerate(real)])
+                encoder = judging.trained(self._classes, torch.cat(real), labels, self.tell)
+            mine = [self._pictures(self._rows[c // self.together], c) for c in range(len(self._all))]
+            self._judge = judging.Judge(encoder, mine, [real[n] for n in range(len(real)) if n not in self._arrival])
+        return self._judge
+
+    def _real_pictures(self) -> list[torch.Tensor]:
+        """Real pictures of every class of the source, from 0 to 1, in the source's order."""
+        targets = self._train.targets
+        return [self._scaled(self._train[(targets == c).nonzero().squeeze(1)[:JUDGED]]) for c in range(len(self._classes))]
+
+    def _pictures(self, rows: torch.Tensor, concept: int) -> torch.Tensor:
+        return self._scaled(self._train[rows[self._relabel[self._train.targets[rows]] == concept]])
+
+    def _scaled(self, batch: Batch) -> torch.Tensor:
+        values, high = batch.inputs[self.modality], self.info.modalities[self.modality].high
+        assert isinstance(values, torch.Tensor)
+        return values.float() if values.is_floating_point() or high is None else values / high
+
+    def _said_to_judge(self, concept: int) -> str:
+        about = self._all[concept]
+        return about["name"] if self.by == "own" else about["word"] or about["name"]
 
     def files(self) -> list[str]:
         return self.data.files()
@@ -146,7 +220,7 @@ class Concepts(Scenario):
     def _words(self, place: int, name: str) -> dict[str, Any]:
         """Everything that is said of a concept by itself."""
         word = self.word[name] if isinstance(self.word, dict) else self.word if self.word is not None else name
-        token = self.placeholder.replace("{}", str(place + 1))  # whatever other braces it holds
+        token = self.placeholder.replace("{name}", name).replace("{}", str(place + 1))  # whatever other braces it holds
         phrase = f"{token} {word}".strip()
         return {
             "name": name,
@@ -171,4 +245,11 @@ class _Captioned(View):
 
     def _finish(self, batch: Batch, indices: torch.Tensor) -> Batch:
         captions: list[Any] = [self.captions[place] for place in indices.tolist()]
-        return batch.replace(inputs={self.modality: batch.inputs[self.modality]}, extra={**batch.extra, "caption": captions})
+        return batch.replace(inputs={self.modality: batch.inputs[self.modality], "text": captions})
+
+
+def _filled(text: str, phrases: list[str]) -> str:
+    """A prompt with the phrases of the concepts that it names."""
+    if len(phrases) == 1:
+        return text.replace("{}", phrases[0])
+    return text.replace("{0}", phrases[0]).replace("{1}", phrases[1])

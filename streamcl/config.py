@@ -65,6 +65,7 @@ class PretrainConfig:
 
     scenario: Annotated[PluginSpec, "Scenario"]
     strategy: Annotated[PluginSpec, "Strategy"]
+    seed: int | None = None  # where all seeds of a sweep are to start from one model; else the run's own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from streamcl.evaluation import Evaluation
 from streamcl.events import Events, Sink
 from streamcl.nn.backbone import Backbone
 from streamcl.nn.model import Model
+from streamcl.pictures import Gallery
 from streamcl.plugins import find, package_folder, shown
 from streamcl.preparing import Preparation
 from streamcl.processes import Processes
@@ -96,6 +97,8 @@ class Engine:
                 "this backbone has batch normalisation, whose statistics several processes can share on CUDA only: start one process, "
                 "or take a backbone without it"
             )
+        if self.info.target == "image" and self.evaluate.future:
+            raise ConfigError("evaluate.future scores a model that learned nothing yet, which cannot be asked to paint: leave it out")
         if self.info.test_time:
             self._check_test_time()
             self._take_head(trained() if trained is not None else None)
@@ -137,7 +140,9 @@ class Engine:
             rank=self.processes.rank,
             world=self.processes.world,
             device=self.device,
+            judge=scenario.judge,
         )
+        self.gallery = Gallery(folder.path) if folder and self.processes.first else None
         self.checkpoints = Checkpoints(folder.checkpoints, self.settings.checkpoint.keep) if folder else None
         self.tasks: list[Task] = []  # what was emitted so far
         self.forgotten = torch.empty(0, dtype=torch.int64)  # samples that were erased from the run: no task brings them again
@@ -305,6 +310,8 @@ class Engine:
         self._account(None)
         if self.info.test_time and self.context.task is None:  # stopped while it was served, it is served from its beginning
             self.context.begin(_blind(task), {})
+        if self.gallery is not None:
+            self.gallery.open(task.names)
         for part in ("test", "validation"):
             columns = self._columns(task, part)
             if columns or part == "test":
@@ -318,6 +325,8 @@ class Engine:
                 self.events.emit("scored", **fields)
                 if fields["warning"]:
                     self.events.warn(fields["warning"])
+        if self.gallery is not None:
+            self.gallery.close(task.index)
         self._account("evaluate")
         self.before, self.phase = self.scenario.state(), "learn"
         self.context.task = None
@@ -383,6 +392,8 @@ class Engine:
                     total = self._figures.setdefault(name, [0.0, 0.0])
                     total[0] += float(value) * len(batch)
                     total[1] += len(batch)
+        if prediction.images is not None and self.gallery is not None:
+            self.gallery.add(batch, prediction.images)
         return prediction
 
     def _adapt(self, batch: Batch) -> Prediction:

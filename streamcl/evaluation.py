@@ -135,6 +135,7 @@ class Evaluation:
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
+        judge: Callable[[], Any] = lambda: None,  # who scores pictures, where the stream has some painted
     ) -> None:
         self.metrics, self.protocols = tuple(info.metrics) or (UNSCORED,), tuple(dict.fromkeys(protocols))
         for kind, given, known in (("metric", info.metrics, tuple(METRICS)), ("protocol", protocols, PROTOCOLS)):
@@ -152,6 +153,7 @@ class Evaluation:
             )
         self.target, self.threshold, self.served = info.target, info.threshold, info.test_time
         self.batch, self.rank, self.world, self.device = batch, rank, world, device
+        self.judge = judge
         self._class_names = dict(enumerate(info.class_names))
         self._tasks: dict[int, dict[str, Any]] = {}
         self._rows: dict[str, dict[int, Any]] = {"test": {}, "validation": {}}
@@ -248,10 +250,12 @@ class Evaluation:
         if columns and self.metrics == (UNSCORED,):
             raise PluginError("the scenario gives a test set and names no metric in its StreamInfo: one is needed to score it")
         settings: dict[str, Any] = {"distributed_available_fn": lambda: self.world > 1}
+        needed = {METRICS[name].reads for name in self.metrics if name in METRICS}
         room = Room(
             max((_classes(task, dataset, self.target) for task, dataset in columns), default=0),
             {task.index: task.classes for task, _ in columns if task.index <= upto},
             self.threshold,
+            self.judge() if columns and "images" in needed else None,
         )
         tally: dict[tuple[str, str, str, str], Metric] = {}
         not_finite = counting.total(settings["distributed_available_fn"], self.device)
@@ -264,7 +268,6 @@ class Evaluation:
 
         arriving = all(task.classes for task, _ in columns)  # else a column is a task's own samples, by whatever metric
         by_class = {name for name in self.metrics if name in METRICS and METRICS[name].by_class and arriving}
-        needed = {METRICS[name].reads for name in self.metrics if name in METRICS}
         heads = {DECISION}
         for task, dataset in columns:
             own = sorted(task.classes or task.labels)
@@ -274,6 +277,7 @@ class Evaluation:
                 if batch.target is None and self.target != "text":
                     raise DataError(f"the test set of task {task.name!r} has no targets: every sample that is scored needs one")
                 prediction = predict(batch)
+                embeddings = room.judge.look(batch, prediction.images) if "images" in needed else prediction.embeddings
                 for head, given in {DECISION: prediction.scores, **prediction.heads}.items():
                     heads.add(head)
                     scores = None
@@ -285,7 +289,7 @@ class Evaluation:
                             not_finite.update(bad.to(self.device))
                     for protocol in self.protocols:
                         offered = scores if scores is None or protocol == "class_incremental" else _only(scores, own)
-                        answer = Answer(batch, offered, prediction.texts, prediction.embeddings, prediction.threshold)
+                        answer = Answer(batch, offered, prediction.texts, embeddings, prediction.threshold)
                         for name, place in itertools.product(self.metrics, _places(task, upto)):
                             if not place.startswith("column") or name not in by_class:
                                 metric(protocol, head, name, place).update(answer)

@@ -32,6 +32,7 @@ from streamcl.contracts import Memory
 from streamcl.errors import DataError, PluginError, RunError
 from streamcl.evaluation import Evaluation
 from streamcl.learned import Learned, described, info_from, plain_info, precision_on, undisturbed
+from streamcl.nn.model import GrowingHead
 from streamcl.plugins import PluginSpec
 from streamcl.processes import Processes
 from streamcl.run_folder import RunFolder
@@ -60,7 +61,7 @@ def export(run: str | Path, directory: str | Path) -> Path:
         evaluation = Evaluation(learned.info, settings.evaluate.protocols)
         evaluation.restore(state["evaluation"])
         (aside / "README.md").write_text(
-            _card(about, evaluation.scores(), learned.model.classes, len(state["memory_per_task"]), aside, list(own_files)),
+            _card(about, evaluation.scores(), _linear(learned), len(state["memory_per_task"]), aside, list(own_files)),
             encoding="utf-8",
         )
         _prove(learned, aside, own_files)
@@ -93,6 +94,7 @@ def _write(learned: Learned, settings: RunConfig, made_of: dict[str, Any], folde
         "format": FORMAT,
         "version": __version__,
         "classes": learned.classes,
+        "head": learned.model.classes,
         "features": learned.model.backbone.dim,
         **made_of,
         "preprocessing": [_plain_transform(transform) for transform in learned.transforms.get("test", ())],
@@ -164,7 +166,11 @@ def _prove(learned: Learned, folder: Path, own_files: Mapping[str, str]) -> None
         mine, theirs = learned.answer(batch), read(folder, "cpu", own_files).answer(batch)
     except Exception as error:
         raise PluginError(f"{strategy} cannot predict from what is exported: {type(error).__name__}: {error}. {ADVICE}") from error
-    pairs = [(mine.scores, theirs.scores), *((scores, theirs.heads.get(name)) for name, scores in mine.heads.items())]
+    pairs = [
+        (mine.scores, theirs.scores),
+        (mine.images, theirs.images),
+        *((scores, theirs.heads.get(name)) for name, scores in mine.heads.items()),
+    ]
     same = all(one is None if other is None else one is not None and torch.equal(one, other) for one, other in pairs)
     if not same or mine.texts != theirs.texts:
         raise PluginError(f"{strategy} predicts something else from what is exported. {ADVICE}")
@@ -234,13 +240,14 @@ def read(folder: str | Path, device: str = "auto", own_files: Mapping[str, str] 
             device=where,
             precision=precision_on(where, about["precision"]),
         )
-        learned.model.resize(len(tensors["head.weight"]), about.get("features", learned.model.backbone.dim))
+        for name in strategy.predicts_with:  # before the model takes its shape: they may tell what a head of the strategy's own is made of
+            setattr(strategy, name, beside[f"strategy.{name}"])
+        classes = about["head"] if "head" in about else len(tensors["head.weight"])
+        learned.model.resize(classes, about.get("features", learned.model.backbone.dim))
     missing, unexpected = learned.model.load_state_dict(tensors, strict=False)
     lacking = [name for name in missing if not (own_format and name.startswith("backbone."))]
     if lacking or unexpected:
         raise RunError(f"{folder} does not hold the tensors of its model: missing {lacking[:3]}, unexpected {unexpected[:3]}")
-    for name in strategy.predicts_with:
-        setattr(strategy, name, beside[f"strategy.{name}"])
     return learned
 
 
@@ -322,7 +329,7 @@ class _Weights:
 def _card(about: Mapping[str, Any], scores: Mapping[str, Any], head: int, tasks: int, folder: Path, own: list[str]) -> str:
     """README.md: what it is, what it reached, what it takes, and how it is loaded.
 
-    `head` is how many classes the model's own has, `own` are the plug-ins that come from files of the person's own.
+    `head` is how many classes the model's own has where it is linear, else 0; `own` are the plug-ins from files of the person's own.
     """
     strategy, backbone, licence = about["strategy"]["name"], about["backbone"]["name"], about["licence"]
     info = info_from(about["stream"])
@@ -371,6 +378,10 @@ print(model.classes)
 """
 
 
+def _linear(learned: Learned) -> int:
+    return learned.model.classes if isinstance(learned.model.head, GrowingHead) else 0
+
+
 def _score_tables(scores: Mapping[str, Any]) -> str:
     matrix, names = scores["matrix"], [task["name"].replace("|", "/") for task in scores["tasks"]]
     scale = Scale([*(value for row in matrix for value in row), scores["final"], scores["average_incremental"]], metric=scores["metric"])
@@ -410,6 +421,8 @@ def _without_streamcl(about: Mapping[str, Any], head: int, folder: Path) -> str:
             'head.load_state_dict({name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")})',
         ]
         words += ", and `head(features)` has a score for each class"
+    elif about["head"]:
+        words += f", and `head.*` is a head of {about['strategy']['name']}'s own"
     if beside:
         lines += ['beside = load_file("strategy.safetensors")', "print({name: tuple(value.shape) for name, value in beside.items()})"]
         words += f". {about['strategy']['name']} decides by what lies in strategy.safetensors"

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamcl.comparing import Run, scored
 from streamcl.evaluation import forgetting_per_task
+from streamcl.pictures import read_sheets
 from streamcl.wording import LOWER, NOTHING, Scale, duration, shortened, size
 
 WIDTH = 920  # of a figure over the whole page
@@ -112,6 +113,7 @@ def render(directory: Path, others: Sequence[Path] = ()) -> str:
             _memory(count, everyone, names),
             "</div>",
             _classes(count, scores, scale),
+            _painted(count, directory),
             _time(count, scores),
             _side_by_side(tables, everyone, names) if len(everyone) > 1 else "",
             _opinions(tables, scores, scale),
@@ -123,7 +125,7 @@ def render(directory: Path, others: Sequence[Path] = ()) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
 </head>
@@ -223,6 +225,40 @@ def _classes(count: Iterator[int], scores: dict[str, Any], scale: Scale) -> str:
         listed = [", ".join(f"{escape(shortened(n, 24))} ({scale.number(v)})" for v, n in part) for part in (known[:3], known[:-4:-1])]
         caption += f" Lowest: {listed[0]}. Highest: {listed[1]}."
     return _figure(count, _bars(last, names, scale, WIDTH, 210, "class, in order of arrival", colour=0, top=scale.high), caption)
+
+
+def _painted(count: Iterator[int], directory: Path) -> str:
+    """What a text-to-image model painted after each task: pictures/after-*.png of the run, a row for each concept."""
+    sheets = read_sheets(directory)
+    if not sheets:
+        return ""
+    edge, shown = 26, sheets[-1].abreast
+    gap, top, names = 3, 18, list(dict.fromkeys(name for sheet in sheets for name in sheet.rows))
+    label = 14 + max(7 * len(shortened(name, 24)) for name in names)
+    block = shown * (edge + gap) + 14
+    abreast = max(1, int((WIDTH - label) // block))
+    pieces: list[str] = []
+    y = 0.0
+    for start in range(0, len(sheets), abreast):
+        part = sheets[start : start + abreast]
+        rows = [name for name in names if any(name in sheet.rows for sheet in part)]
+        for place, sheet in enumerate(part):
+            x = label + place * block
+            pieces.append(_text(x, y + 12, f"after task {sheet.after}", kind="soft"))
+            for row, name in enumerate(rows):
+                if name in sheet.rows:
+                    uri, above = sheet.rows[name], y + top + row * (edge + gap)
+                    pieces.append(
+                        f'<image x="{x:.1f}" y="{above:.1f}" width="{shown * edge}" height="{edge}" preserveAspectRatio="none" '
+                        f'style="image-rendering:pixelated" href="{uri}"/>'
+                    )
+        pieces += [_text(label - 10, y + top + row * (edge + gap) + 17, shortened(name, 24), "end") for row, name in enumerate(rows)]
+        y += top + len(rows) * (edge + gap) + 12
+    caption = (
+        f"<b>Painted after each task</b>, the first {shown} pictures for each concept, and for each two that a prompt names. The noise "
+        "that a picture is painted from is the same after every task: what changes between two blocks of a row was forgotten, or learned."
+    )
+    return _figure(count, _svg(WIDTH, y, pieces, "Painted pictures"), caption)
 
 
 def _time(count: Iterator[int], scores: dict[str, Any]) -> str:

@@ -167,6 +167,7 @@ def pretrained_weights(settings: RunConfig) -> Path:
     assert before is not None
     earlier = dataclasses.replace(
         settings,
+        seed=settings.seed if before.seed is None else before.seed,
         scenario=before.scenario,
         strategy=before.strategy,
         model=dataclasses.replace(settings.model, pretrain=None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ def score(run: str | Path, data: str | None = None) -> dict[str, Any]:
     folder = RunFolder(Path(run))
     unknown: dict[str, int] = {}
     if data is None:
-        columns, protocols = _own(folder, settings, state), settings.evaluate.protocols
+        (columns, judge), protocols = _own(folder, settings, state), settings.evaluate.protocols
     else:
-        columns, unknown = _given(data, learned)
+        (columns, unknown), judge = _given(data, learned), _nobody
         protocols = ["class_incremental"]
-    evaluation = Evaluation(learned.info, protocols, batch=settings.evaluate.batch)
+    evaluation = Evaluation(learned.info, protocols, batch=settings.evaluate.batch, judge=judge)
 
     def predict(batch: Batch) -> Prediction:
         check_inputs(batch, learned.info, data or "the test set")
@@ -72,7 +72,7 @@ def score(run: str | Path, data: str | None = None) -> dict[str, Any]:
 
 def _per_class(targets: Tensor, target: str) -> Iterator[tuple[int, int]]:
     """How many samples carry each class; nothing where samples have no classes."""
-    if target in ("class", "text"):
+    if target in ("class", "text", "image"):
         labels, samples = targets.unique(return_counts=True)
         yield from zip(labels.tolist(), samples.tolist(), strict=True)
     elif target == "labels":
@@ -97,8 +97,8 @@ def _each(several: Mapping[str, Any] | None, columns: Columns) -> dict[str, Any]
     return {name: _figures(scores, columns) | {"heads": _each(scores.get("heads"), columns)} for name, scores in several.items()}
 
 
-def _own(folder: RunFolder, settings: RunConfig, state: Mapping[str, Any]) -> Columns:
-    """The test sets of the tasks that were learned."""
+def _own(folder: RunFolder, settings: RunConfig, state: Mapping[str, Any]) -> tuple[Columns, Callable[[], Any]]:
+    """The test sets of the tasks that were learned, and who judges pictures."""
     from streamcl import running
 
     running.check_files(folder)
@@ -111,7 +111,11 @@ def _own(folder: RunFolder, settings: RunConfig, state: Mapping[str, Any]) -> Co
     columns = [(task, data) for task in tasks if (data := scenario.test(task, tasks[-1])) is not None and len(data)]
     if not columns:
         raise DataError(f"{folder.path} has no test set of its own: give labelled data to score")
-    return columns
+    return columns, scenario.judge
+
+
+def _nobody() -> None:
+    """Of given data no pictures are judged."""
 
 
 def _given(text: str, learned: Learned) -> tuple[Columns, dict[str, int]]:

@@ -235,6 +235,9 @@ class StreamInfo:
     licence: str = "unknown"
     class_names: tuple[str, ...] = ()  # in order of arrival, as far as known
     threshold: float = 0.5  # multi-label: the probability from which a label counts as given
+    asks: tuple[str, ...] = ()  # the modalities that a test batch holds, where these are not all: a prompt has no picture
+    words: tuple[str, ...] = ()  # the word that stands for each class in a prompt, in order of arrival, where pictures are painted
+    nouns: tuple[str, ...] = ()  # beside each of these words: that of its class, which may be empty
     told: tuple[str, ...] = ("choices", "missing")  # what of a test batch's `extra` is told to `predict`: the rest may hold the answer
 
 
@@ -368,6 +371,10 @@ class Scenario(ABC):
     @abstractmethod
     def test(self, task: Task, after: Task) -> Dataset | None:
         """What to score of `task` once `after` was learned. Only the engine asks."""
+
+    def judge(self) -> Any:
+        """Who scores pictures that are painted (streamcl.judging.Judge), made when it is first asked for; None of other streams."""
+        return None
 
     def files(self) -> list[str]:
         """The local files and folders behind the stream."""

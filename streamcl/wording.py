@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 NOTHING = "–"
 VALUES = {"mae", "rmse", "correlation"}  # metrics that are no shares of one, though they may lie below it
-LOWER = {"mae", "rmse", "base_as_new", "new_as_base"}  # of which less is better
+LOWER = {"mae", "rmse", "base_as_new", "new_as_base", "confusion"}  # of which less is better
 
 
 class Scale:

@@ -17,12 +17,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the whole text or what it held before, also after a power cut."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file holds the whole content or what it held before, also after a power cut."""
     aside = path.with_name(f".{path.name}.writing")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

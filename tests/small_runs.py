@@ -47,6 +47,72 @@ QUICK |= {
     "krt": {**LABEL_SETS, "strategy": {"epochs": 2, "batch": 32, "dim": 16, "heads": 2}},
     **{name: {**LABEL_SETS, "strategy": {"epochs": 2, "batch": 32}} for name in ("asl", "ml_finetune", "ml_masked", "ml_joint")},
 }
+SEEN_AND_HEARD: dict[str, Any] = {  # several modalities, where the digits have one
+    "scenario": {"name": "class_incremental", "data": {"name": "digits_av", "samples": 400, "seconds": 0.05}, "tasks": 5},
+    "model": {"backbone": {"name": "fusion", "width": 16}},
+}
+QUICK |= {
+    "cggm": {"strategy": {"epochs": 2, "batch": 32}, **SEEN_AND_HEARD},
+    "ogm_ge": {"strategy": {"epochs": 2, "batch": 32}, **SEEN_AND_HEARD},
+}
+INCOMPLETE: dict[str, Any] = {  # of images with tones, some without the one or the other
+    "scenario": {
+        "name": "missing_modality",
+        "data": {"name": "digits_av", "samples": 200, "test_samples": 60, "seconds": 0.05},
+        "missing": [{}, {"image": 0.5}, {"image": 0.3, "audio": 0.4}],
+    },
+    "model": {"backbone": {"name": "multimodal_transformer", "width": 8, "depth": 3, "heads": 2}},
+}
+QUICK |= {
+    "mmp": {"strategy": {"length": 4, "layers": 3, "epochs": 2, "batch": 32}, **INCOMPLETE},
+    **{name: {"strategy": {"length": 4, "epochs": 2, "batch": 32}, **INCOMPLETE} for name in ("mplmm", "cmmm")},
+}
+PAINTED: dict[str, Any] = {  # a text-to-image model that is far too small to paint anything
+    "scenario": {
+        "name": "concepts",
+        "data": "digits",
+        "concepts": [6, 7, 8],
+        "images": 4,
+        "word": "digit",
+        "prompts": ["a photo of {}"],
+        "samples": 2,
+    },
+    "model": {
+        "backbone": {"name": "text_to_image", "size": 8, "channels": [8, 16], "latent": 4, "layers": 1, "steps": 2},
+        "pretrain": {
+            "scenario": {
+                "name": "concepts",
+                "data": "digits",
+                "concepts": [0, 1],
+                "images": 16,
+                "together": 2,
+                "placeholder": "{name}",
+                "word": "digit",
+                "judge": "none",
+            },
+            "strategy": {"name": "text_to_image", "epochs": 1, "autoencoder_epochs": 1},
+        },
+    },
+    "memory": {"exemplars": 9},
+}
+QUICK |= {
+    "text_to_image": {
+        **PAINTED,
+        "scenario": {**PAINTED["scenario"], "placeholder": "{name}"},
+        "model": {"backbone": PAINTED["model"]["backbone"]},
+        "strategy": {"epochs": 2, "autoencoder_epochs": 2},
+    },
+    **{
+        name: {**PAINTED, "strategy": {"epochs": 3, "batch": 4, **options}}
+        for name, options in {
+            "textual_inversion": {},
+            "dreambooth_lora": {"prior": 4},
+            "custom_diffusion": {"prior": 4},
+            "c_lora": {"rank": 2},
+            "conceptguard": {"queue": 2, "each": 2},
+        }.items()
+    },
+}
 TEST_TIME: dict[str, Any] = {
     "scenario": {
         "name": "test_time",

@@ -26,7 +26,8 @@ def test_every_concept_gives_exactly_its_images_and_arrives_once(images: int, to
     scenario = opened(Concepts, pets(), seed, images=images, together=together, order=order)
     tasks = list(scenario)
     assert len(tasks) == len(scenario) == -(-3 // together) and [c for task in tasks for c in task.classes] == [0, 1, 2]
-    assert scenario.info.target == "image" and scenario.info.metrics == () and list(scenario.info.modalities) == ["image"]
+    assert scenario.info.target == "image" and scenario.info.metrics[0] == "image_alignment" and scenario.info.asks == ("text",)
+    assert list(scenario.info.modalities) == ["image", "text"] and scenario.info.words == ("<new1>", "<new2>", "<new3>")
     if order != "seed":
         assert scenario.info.class_names == ("cat", "dog", "owl")
     for task in tasks:
@@ -34,11 +35,11 @@ def test_every_concept_gives_exactly_its_images_and_arrives_once(images: int, to
         assert batch.target is not None and torch.bincount(batch.target).tolist()[task.classes[0] :] == [images] * len(task.classes)
         assert [task.names[c] for c in batch.target.tolist()] == [["cat", "dog", "owl"][row % 3] for row in batch.ids.tolist()]
         assert len(set(batch.ids.tolist())) == len(batch)
-        assert scenario.test(task, task) is None and task.validation is None
+        assert task.validation is None
         assert [concept["name"] for concept in task.concepts] == [task.names[c] for c in task.classes] == task.name.split(", ")
         assert task.shots == images and task.seen == tuple(range(task.classes[-1] + 1)) and len(task.names) == len(task.seen)
         told = {f"<new{c + 1}> {task.names[c]}" for c in task.classes}
-        for caption, c in zip(batch.extra["caption"], batch.target.tolist(), strict=True):
+        for caption, c in zip(batch.inputs["text"], batch.target.tolist(), strict=True):
             assert f"<new{c + 1}> {task.names[c]}" in caption and "{" not in caption
             assert sum(phrase in caption for phrase in told) == 1, "a caption names its own concept alone"
 
@@ -68,7 +69,7 @@ def test_the_words_of_a_concept_as_written_by_hand() -> None:
     assert cat.concepts[0]["joint_prompts"] == ["<v1*> animal behind <v2*> animal"], "the new one with each that came before"
     third = opened(Concepts, pets(), word="", joint_prompts=("{0} and {1}", "{1} with {0}")).task(2).concepts[0]
     assert third["joint_prompts"] == ["<new3> and <new1>", "<new1> with <new3>", "<new3> and <new2>", "<new2> with <new3>"]
-    assert read(cat.train).extra["caption"] == ["one <v2*> animal"] * 5
+    assert read(cat.train).inputs["text"] == ["one <v2*> animal"] * 5
 
 
 class Counted(str):
@@ -101,28 +102,57 @@ def test_other_braces_in_the_words_are_left_as_they_are() -> None:
     options: dict[str, Any] = {"templates": ("{x} {}",), "prompts": ("{} in {",), "joint_prompts": ("{0} {y} {1}",)}
     scenario = opened(Concepts, pets(), placeholder="{w}{}", word="{z}", **options)
     _, second, _ = scenario
-    assert read(second.train).extra["caption"] == ["{x} {w}2 {z}"] * 5
+    assert read(second.train).inputs["text"] == ["{x} {w}2 {z}"] * 5
     assert second.concepts[0]["prompts"] == ["{w}2 {z} in {"]
     assert second.concepts[0]["joint_prompts"] == ["{w}2 {z} {y} {w}1 {z}"]
 
 
 def test_every_template_is_used_and_a_caption_stays_with_its_image() -> None:
     scenario = opened(Concepts, pets(60), images=60)
-    captions = dict(zip(ids(scenario.task(0).train), read(scenario.task(0).train).extra["caption"], strict=True))
+    captions = dict(zip(ids(scenario.task(0).train), read(scenario.task(0).train).inputs["text"], strict=True))
     assert len(set(captions.values())) == 5
     part = scenario.task(0).train[torch.tensor([31, 4])]
-    assert part.extra["caption"] == [captions[row] for row in part.ids.tolist()]
+    assert part.inputs["text"] == [captions[row] for row in part.ids.tolist()]
+
+
+def test_prompts_are_asked_in_numbers_that_never_change_and_put_to_the_judge_in_words_that_it_knows() -> None:
+    scenario = opened(Concepts, pets(), word="animal", prompts=("a {}", "two {}"), samples=2, joint_prompts=("{0} and {1}",))
+    tasks = list(scenario)
+    test = scenario.test(tasks[1], tasks[1])
+    assert test is not None
+    batch = read(test)
+    assert list(batch.inputs) == ["text"] and batch.target is not None and batch.target.tolist() == [1] * 6
+    assert batch.inputs["text"] == [t for t in ("a <new2> animal", "two <new2> animal", "<new2> animal and <new1> animal") for _ in "ab"]
+    assert batch.extra["judged"] == [t for t in ("a dog", "two dog", "dog and cat") for _ in "ab"]
+    assert batch.extra["named"].tolist() == [[0, 1, 0]] * 4 + [[1, 1, 0]] * 2
+    later, other = scenario.test(tasks[1], tasks[2]), opened(Concepts, pets(), word="animal", seed=1).test(tasks[1], tasks[1])
+    assert later is not None and other is not None and torch.equal(later.ids, test.ids), "the same noise after every task"
+    assert not set(other.ids.tolist()) & set(test.ids.tolist()) and int(test.ids.min()) >= 2**60
+    assert opened(Concepts, pets(), judge="none").test(tasks[0], tasks[0]) is None
+    clip = opened(Concepts, pets(), word="animal", judge="open_clip:some/weights")
+    asked = clip.test(tasks[0], tasks[0])
+    assert asked is not None and read(asked).extra["judged"][0] == "a photo of animal"
+
+
+def test_a_base_is_trained_on_captions_that_name_things_as_they_are() -> None:
+    scenario = opened(Concepts, pets(), placeholder="{name}", word="animal", together=3, judge="none")
+    (task,) = scenario
+    said = {str(text).split()[-2] for text in read(task.train).inputs["text"]}
+    assert scenario.info.words == ("cat", "dog", "owl") and said == {"cat", "dog", "owl"}
+    assert scenario.info.metrics == ()
 
 
 def test_only_the_images_of_a_source_are_handed_out() -> None:
     scenario = opened(Concepts, pets(modalities=("image", "text")), images=2)
-    assert list(scenario.info.modalities) == ["image"] == list(read(scenario.task(0).train).inputs)
+    assert list(scenario.info.modalities) == ["image", "text"] == list(read(scenario.task(0).train).inputs)
+    assert read(scenario.task(0).train).inputs["text"][0].endswith("<new1> cat"), "the caption, not the source's own text"
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
         ({"validation": 0.1}, ConfigError, "validation takes a share of a few images"),
+        ({"judge": "me"}, ConfigError, "judge 'me' is unknown: own, none, or open_clip: and a model"),
         ({"placeholder": "<new>"}, ConfigError, "placeholder '<new>' is the same for every concept"),
         ({"templates": ("a photo",)}, ConfigError, "templates: 'a photo' names the concept 0 times"),
         ({"prompts": ("{} and {}",)}, ConfigError, "prompts: '{} and {}' names the concept 2 times"),

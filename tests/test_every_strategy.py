@@ -5,6 +5,7 @@ Resuming, feeding and exporting are asked of all of them too, in files of their 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,8 +108,8 @@ def test_nothing_is_learned_from_what_it_is_asked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", learning())
-def test_it_learns_in_bfloat16(name: str) -> None:
-    scores = running.run(small_run(name, engine={"precision": "bfloat16"}, log=[]))
+def test_it_learns_in_bfloat16(name: str, tmp_path: Path) -> None:
+    scores = running.run(small_run(name, engine={"precision": "bfloat16"}, log=[]), out=tmp_path / "run")
     assert scores["resume"]["kind"] == "statistical" and "bfloat16" in scores["resume"]["why"]
     assert scores["final"] is None or np.isfinite(scores["final"])
 
@@ -132,9 +133,9 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("repeat", [0.0, 0.25])
 @pytest.mark.parametrize("name", classifying())
 def test_a_class_of_one_sample_a_task_of_one_class_and_a_class_that_comes_back_are_learned(
-    name: str, repeat: float, uneven: dict[str, Any]
+    name: str, repeat: float, uneven: dict[str, Any], tmp_path: Path
 ) -> None:
-    scores = running.run(small_run(name, scenario={**uneven, "repeat": repeat}, log=[]))
+    scores = running.run(small_run(name, scenario={**uneven, "repeat": repeat}, log=[]), out=tmp_path / "run")
     assert [len(row) for row in scores["matrix"]] == [4] * 4
     assert all(value is not None and 0 <= value <= 100 for i, row in enumerate(scores["matrix"]) for value in row[: i + 1])
     assert scores["memory_bytes"] >= 0 and np.isfinite(scores["final"])

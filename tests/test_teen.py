@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,12 @@ from streamcl.engine import Engine
 from streamcl.errors import ConfigError
 from streamcl.plugins import find
 from streamcl.stream import Batch
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
 
 FEW_SHOT = {"name": "few_shot", "data": "digits", "base": 4, "ways": 2, "shots": 5}
 

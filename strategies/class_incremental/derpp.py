@@ -2,10 +2,11 @@
 
     L = CE(f(x), y) + alpha MSE(f(x'), z') + beta CE(f(x''), y'')
 
-x are new samples; x' and x'' are two independent draws from a reservoir, augmented anew, each in a forward pass of its own; z' are the
-logits that the model gave when x' was put there: in training mode, for the view that it was trained on, before the step. As in Mammoth
-every step offers its samples, in every epoch, and a sample that is held already gets its logits of now: logits of the first epoch alone
-are immature, and DER collapses on them.
+x are new samples; x' and x'' are two independent draws from a reservoir, augmented anew, each in a forward pass of its own (in one for
+all where no batch normalisation ties the samples of a pass together, so that it is the same); z' are the logits that the model gave when
+x' was put there: in training mode, for the view that it was trained on, before the step. As in Mammoth every step offers its samples, in
+every epoch, and a sample that is held already gets its logits of now: logits of the first epoch alone are immature, and DER collapses on
+them.
 
 The released head has its final width from the start, and the method lives on it: the logits of classes that are still to come are
 trained down, kept, and hold old samples back from these classes later. So where the stream says how many classes it will have, their
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, mse_loss, pad
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from streamcl.context import Context
 from streamcl.contracts import ExemplarMemory
@@ -64,6 +66,8 @@ class DERPP(GradientStrategy):
                 "derpp keeps the logits of each sample as it passes, and this selection policy ranks classes after their task: set "
                 "memory.select=reservoir, or another policy that places samples as they come"
             )
+        # One pass gives all groups what passes of their own give, to rounding; where that is ER it stays so to the bit.
+        self.apart = not self.alpha or any(isinstance(module, _BatchNorm) for module in self.model.modules())
         dim, awaited = self.model.backbone.dim, (info.classes or 0) if self.alpha else 0
         rows = 2 * torch.rand(awaited, dim + 1, generator=generator(context.seed, "derpp reserve")) - 1
         self._reserve(rows / dim**0.5)
@@ -89,27 +93,34 @@ class DERPP(GradientStrategy):
 
     def compose(self, batch: Batch) -> Batch:
         """The stream's samples, then those of each draw that has a weight."""
-        for weight in (self.alpha, self.beta):
-            if weight:
-                batch = super().compose(batch)
-        return batch
+        exemplars, generator = self.memory.exemplars, self.context.generator
+        if not len(exemplars):
+            return batch
+        draws = [exemplars.sample(self.replay, generator) for weight in (self.alpha, self.beta) if weight]
+        return Batch.cat([batch, *draws]).replace(new=len(batch))
 
     def loss(self, batch: Batch) -> Tensor:
         new = len(batch) if batch.new is None else batch.new
-        rows = torch.arange(len(batch))
-        groups = [batch[rows[:new]], *(batch[draw] for draw in rows[new:].split(self.replay) if len(draw))]
-        passes = [(self.forward(group), self.features) for group in groups]
-        own, features = (torch.cat(values) for values in zip(*passes, strict=True))
-        self.logits, self.features = own, features  # what terms see
-        wide = torch.cat([own, linear(features, self.reserve[:, :-1], self.reserve[:, -1])], dim=1) if len(self.reserve) else own
-        logits = wide.split([len(group) for group in groups])
+        draws = torch.arange(new, len(batch)).split(self.replay) if len(batch) > new else ()
+        if self.apart:
+            passes = [(self.forward(batch[rows]), self.features) for rows in (torch.arange(new), *draws)]
+            own, features = (torch.cat(values) for values in zip(*passes, strict=True))
+            self.logits, self.features = own, features  # what terms see
+        else:
+            own = self.forward(batch)
+            features = self.features
+        wide = own
+        if len(self.reserve):
+            weight, bias = self.reserve.split([self.reserve.shape[1] - 1, 1], dim=1)
+            wide = torch.cat([own, linear(features, weight, bias.squeeze(1))], dim=1)
+        logits = wide.split([new, *map(len, draws)])
         self.given = logits[0].detach()  # to be stored with the new samples
-        loss = self.criterion(logits[0], groups[0].target)
-        if len(groups) > 1:
+        loss = self.criterion(logits[0], batch.target[:new])
+        if draws:
             if self.alpha:
-                loss = loss + self.alpha * self.distance(logits[1], groups[1].extra["logits"])  # type: ignore[arg-type]
+                loss = loss + self.alpha * self.distance(logits[1], batch.extra["logits"][new : new + len(draws[0])])  # type: ignore[arg-type]
             if self.beta:
-                loss = loss + self.beta * self.criterion(logits[-1], groups[-1].target)
+                loss = loss + self.beta * self.criterion(logits[-1], batch.target[len(batch) - len(draws[-1]) :])
         return loss
 
     def distance(self, logits: Tensor, stored: Tensor) -> Tensor:

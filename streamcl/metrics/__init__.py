@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamcl.stream import Batch
 
-Reads = Literal["scores", "texts", "embeddings"]
+Reads = Literal["scores", "texts", "embeddings", "images"]
 
 
 class Score(NamedTuple):
@@ -34,6 +34,7 @@ class Room:
     classes: int
     arrived: Mapping[int, Sequence[int]] = field(default_factory=dict)  # task -> its new classes
     threshold: float = 0.5
+    judge: Any = None  # streamcl.judging.Judge, where pictures are scored
 
 
 @dataclass(frozen=True)
@@ -101,4 +102,10 @@ METRICS: dict[str, Entry] = {
     "recall_1": Entry("retrieval", "RecallAt1", ("text",), reads="embeddings"),
     "recall_5": Entry("retrieval", "RecallAt5", ("text",), reads="embeddings"),
     "recall_10": Entry("retrieval", "RecallAt10", ("text",), reads="embeddings"),
+    "image_alignment": Entry("pictures", "ImageAlignment", ("image",), reads="images"),
+    "text_alignment": Entry("pictures", "TextAlignment", ("image",), reads="images"),
+    "recognised": Entry("pictures", "Recognised", ("image",), reads="images"),
+    "confusion": Entry("pictures", "Confusion", ("image",), reads="images", lower=True),
+    "joint_image_alignment": Entry("pictures", "JointImageAlignment", ("image",), reads="images"),
+    "joint_text_alignment": Entry("pictures", "JointTextAlignment", ("image",), reads="images"),
 }

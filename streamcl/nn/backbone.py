@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from streamcl.errors import ConfigError, DataError
 from streamcl.stream import Batch, StreamInfo, Transform
 
+if TYPE_CHECKING:
+    from streamcl.nn.prompts import Promptable
+
 NUMERIC = ("image", "audio", "vector")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a backbone belongs to one modality: the columns that hold its features, and the parameters that serve it alone."""
+
+    columns: slice
+    parameters: tuple[nn.Parameter, ...]
 
 
 class Backbone(nn.Module, ABC):
@@ -34,7 +46,14 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
-        """Features  # (batch, dim)"""
+        """Features  # (batch, dim), or (batch, dim, height, width) where the stream's target is a mask"""
+
+    def patches(self, batch: Batch) -> Tensor:
+        """Features of each place of a picture, before they become one vector  # (batch, places, width), width is often `dim`"""
+        name = type(self).__module__.rpartition(".")[2]
+        raise ConfigError(
+            f"the backbone {name} gives no features of single places: take convnet, resnet18, resnet32, or a vision model of timm"
+        )
 
     def split(self) -> tuple[nn.Module, nn.Module]:
         """Its own layers in two parts, for methods that share the first and let the last ones grow.
@@ -47,6 +66,17 @@ class Backbone(nn.Module, ABC):
             f"the backbone {name} does not say how it is split into layers that are shared and layers that grow: take resnet32, resnet18, "
             "convnet or mlp"
         )
+
+    def fused(self) -> dict[str, Part]:
+        """Each modality's part of a backbone that puts the features of one encoder per modality side by side, for methods that weigh
+        modalities against each other: `features[:, part.columns]` depend on `part.parameters` and on no other part's."""
+        name = type(self).__module__.rpartition(".")[2]
+        raise ConfigError(f"the backbone {name} does not keep an encoder for each modality: take fusion")
+
+    def transformer(self) -> Promptable:
+        """The transformer that it is, in parts, for methods that put prompts in between."""
+        name = type(self).__module__.rpartition(".")[2]
+        raise ConfigError(f"the backbone {name} takes no prompts: take multimodal_transformer, or a ViLT (hf:dandelin/vilt-b32-mlm)")
 
     def resize(self, dim: int) -> None:
         """Become the network whose features have `dim` entries: one that grows is given the size that it had."""

@@ -42,4 +42,5 @@ CRITERIA: dict[str, Callable[..., Tensor]] = {
     "labels": annotated_binary_cross_entropy,
     "value": squared_error,
     "mask": pixel_cross_entropy,
+    "image": mse_loss,  # of the noise that a diffusion model is to find
 }

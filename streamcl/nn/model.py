@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from streamcl.nn.backbone import Backbone
+from streamcl.nn.prompts import Prompts, encode
 from streamcl.stream import Batch
 
 
@@ -54,15 +55,21 @@ class GrowingHead(nn.Module):
         self.weight, self.dim = nn.Parameter(weight, requires_grad=self.weight.requires_grad), dim
 
     def forward(self, features: Tensor) -> Tensor:
+        if features.dim() > 2:  # of places: each has logits of its own
+            return linear(features.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)  # (batch, classes, height, width)
         return linear(features, self.weight, self.bias)  # (batch, classes)
 
 
 class Model(nn.Module):
-    """`model(batch)` gives logits over the classes seen so far, `model.features(batch)` what lies before the head."""
+    """`model(batch)` gives logits over the classes seen so far, `model.features(batch)` what lies before the head.
+
+    `prompts` is what a method learns around a frozen transformer: it is no part of the backbone, which checkpoints may only name.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
+        self.prompts: Prompts | None = None
         self.head = GrowingHead(backbone.dim)
         self._named: dict[str, Tensor] = {}  # fingerprints of the weights that a named source gave
         self.remember()
@@ -77,7 +84,7 @@ class Model(nn.Module):
             self.head.resize(classes)
 
     def features(self, batch: Batch) -> Tensor:
-        return self.backbone(batch)
+        return self.backbone(batch) if self.prompts is None else encode(self.backbone.transformer(), batch, self.prompts)
 
     def resize(self, classes: int, dim: int) -> None:
         """Take this shape: so many classes, over `dim` features of a backbone that grows."""
@@ -87,7 +94,7 @@ class Model(nn.Module):
         self.head.resize(classes)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.head(self.backbone(batch))
+        return self.head(self.features(batch))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -121,7 +128,11 @@ class Model(nn.Module):
 
     def _as_named(self) -> set[str]:
         held = self.backbone.state_dict() if self._named else {}
-        return {f"backbone.{name}" for name, value in held.items() if torch.equal(self._named[name], _fingerprint(value))}
+        return {
+            f"backbone.{name}"
+            for name, value in held.items()
+            if name in self._named and torch.equal(self._named[name], _fingerprint(value))
+        }
 
     def state(self) -> dict[str, Any]:
         """All that is needed to restore the model: its shape, the tensors, and where frozen weights come from."""

@@ -48,10 +48,13 @@ class Pretrained(Backbone):
         return super().train(mode and not self.frozen)
 
     def forward(self, batch: Batch) -> Tensor:
-        # an adapter inside frozen layers has parameters that learn: only without any is the graph superfluous
-        learns = not self.frozen or any(p.requires_grad for p in self.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns):
             return self.encode(batch)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a graph is of use: an adapter inside frozen layers has parameters that learn."""
+        return not self.frozen or any(p.requires_grad for p in self.parameters())
 
 
 def origin(source: str, files: Sequence[Path]) -> dict[str, str]:

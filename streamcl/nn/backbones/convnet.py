@@ -39,7 +39,14 @@ class Convnet(Backbone):
         return Entry(self.reads, *self.layers[:-1]), Pooled(self.layers[-1])
 
     def forward(self, batch: Batch) -> Tensor:
+        return self.maps(batch).mean(dim=(2, 3))
+
+    def patches(self, batch: Batch) -> Tensor:
+        return self.maps(batch).flatten(2).transpose(1, 2)
+
+    def maps(self, batch: Batch) -> Tensor:
+        """What the last block gives  # (batch, dim, rows, columns)"""
         x = numbers(batch, self.reads)
         for layer in self.layers:
             x = layer(x)
-        return x.mean(dim=(2, 3))
+        return x

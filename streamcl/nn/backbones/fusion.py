@@ -2,8 +2,9 @@
 
 Images (and log-mel pictures of sounds) go through two convolutions, every frame of a video through the same, sounds through the
 logarithm of their short-time spectrum, vectors through a linear layer, and texts through hashed words whose embeddings are averaged.
-Where a sample lacks a modality a learned vector stands in for it, so that nothing of what is masked is read. For tests, small streams and
-the checks of multimodal methods; no weights, no licence.
+Where a sample lacks a modality a learned vector stands in for it, so that nothing of what is masked is read. Where the target is a mask
+there are features for every pixel: images keep their size (convolutions at full size, a half, a quarter and an eighth, brought together),
+and what is no image says the same of each pixel. For tests, small streams and the checks of multimodal methods; no weights, no licence.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, max_pool2d
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, interpolate, max_pool2d
 
 from streamcl.errors import ConfigError
-from streamcl.nn.backbone import Backbone
+from streamcl.nn.backbone import Backbone, Part
 from streamcl.options import PositiveInt
 from streamcl.stream import Batch, Column, Modality, StreamInfo
 
@@ -41,7 +42,14 @@ class Fusion(Backbone):
             told = f"{unknown[0]!r} is no modality of the stream; it has {', '.join(info.modalities)}" if unknown else "modalities is empty"
             raise ConfigError(f"backbone fusion: {told}")
         self.reads = sorted(set(names))
-        self.encoders = nn.ModuleDict({name: _encoder(info.modalities[name], self.width) for name in self.reads})
+        self.grid: tuple[int, ...] | None = None  # height and width of the masks
+        if info.target == "mask":
+            sizes = sorted({info.modalities[name].shape[-2:] for name in self.reads if info.modalities[name].kind == "image"})
+            if len(sizes) != 1:
+                told = " and ".join(" x ".join(map(str, size)) for size in sizes) or "no image"
+                raise ConfigError(f"backbone fusion: masks need images of one size, and what it reads has {told}: set modalities")
+            self.grid = sizes[0]
+        self.encoders = nn.ModuleDict({name: _encoder(info.modalities[name], self.width, self.grid is not None) for name in self.reads})
         self.absent = nn.ParameterDict({name: nn.Parameter(torch.zeros(self.width)) for name in self.reads})
         self.dim = self.width * len(self.reads)
 
@@ -49,25 +57,37 @@ class Fusion(Backbone):
         return torch.cat(list(self.by_modality(batch).values()), dim=1)
 
     def by_modality(self, batch: Batch) -> dict[str, Tensor]:
-        """The features of each modality  # (batch, width)"""
+        """The features of each modality  # (batch, width), or (batch, width, height, width of the masks)"""
         return {name: self._encoded(batch, name) for name in self.reads}
+
+    def fused(self) -> dict[str, Part]:
+        return {
+            name: Part(slice(place * self.width, (place + 1) * self.width), (*self.encoders[name].parameters(), self.absent[name]))
+            for place, name in enumerate(self.reads)
+        }
 
     def _encoded(self, batch: Batch, name: str) -> Tensor:
         values, here = batch.inputs[name], (batch.present or {}).get(name)
         encoder, absent = self.encoders[name], self.absent[name]
         if here is None or bool(here.all()):
-            return encoder(values)
+            return self._spread(encoder(values))
         rows = here.nonzero().squeeze(1)
-        features = absent.expand(len(batch), -1)
+        features = self._spread(absent.expand(len(batch), -1))
         if not len(rows):
             return features.clone()
         given: Column = [values[place] for place in rows.tolist()] if isinstance(values, list) else values[rows]
-        encoded = encoder(given)
+        encoded = self._spread(encoder(given))
         return features.to(encoded.dtype).index_copy(0, rows, encoded)
 
+    def _spread(self, features: Tensor) -> Tensor:
+        """The same of every pixel, where there is one vector and pixels are asked for."""
+        return features if self.grid is None or features.dim() == 4 else features[:, :, None, None].expand(-1, -1, *self.grid)
 
-def _encoder(modality: Modality, width: int) -> nn.Module:
+
+def _encoder(modality: Modality, width: int, dense: bool = False) -> nn.Module:
     shape = modality.shape
+    if dense and modality.kind == "image":
+        return _Pixels(shape[0] if len(shape) == 3 else 1, width)
     if modality.kind == "text":
         return _Words(width)
     if modality.kind == "audio" and len(shape) == 1:
@@ -99,6 +119,25 @@ class _Pictures(nn.Module):
         hidden = adaptive_avg_pool2d(self.second(hidden).relu(), 4).flatten(1)
         features = self.out(hidden).relu()
         return features.unflatten(0, (-1, frames)).mean(1) if frames else features
+
+
+class _Pixels(nn.Module):
+    """Features of every pixel, from its surroundings at four sizes."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(before, 16, 3, padding=1) for before in (channels, 16, 16, 16))
+        self.out = nn.Conv2d(16 * len(self.levels), width, 1)
+
+    def forward(self, values: Tensor) -> Tensor:
+        hidden = values[:, None] if values.dim() == 3 else values
+        size, found = hidden.shape[-2:], []
+        for number, level in enumerate(self.levels):
+            if number and min(hidden.shape[-2:]) > 1:
+                hidden = max_pool2d(hidden, 2)
+            hidden = level(hidden).relu()
+            found.append(interpolate(hidden, size, mode="bilinear", align_corners=False) if number else hidden)
+        return self.out(torch.cat(found, dim=1)).relu()
 
 
 class _Spectrum(nn.Module):

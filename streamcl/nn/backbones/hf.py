@@ -3,7 +3,9 @@
 Transformers (Wolf et al., 2020). `model` is read from the local cache, the hub or a folder: safetensors only, and never code that lies
 beside the weights. Text is tokenised as it arrives and cut at `max_length` tokens; images get the size, mean and deviation of the
 model's image processor, and one channel is repeated in three. `pooling` makes one vector of the tokens: their mean (over those that are
-no padding), the first one (cls), or the model's own pooler. The licence is the weights' own, from the model card where it lies beside.
+no padding), the first one (cls), or the model's own pooler. A ViLT reads an image and a text at once (`hf:dandelin/vilt-b32-mlm`), takes
+prompts, and always gives its pooled first token; texts are padded to `max_length` or what it has places for. The licence is the weights'
+own, from the model card where it lies beside.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from torch import Tensor
 from streamcl.errors import ConfigError
 from streamcl.nn.backbone import choose_modality, numbers, texts
 from streamcl.nn.pretrained import Pretrained, colour, fetch, first_line, licence_of, origin, vision_transforms, weight_file
+from streamcl.nn.prompts import Promptable, encode
 from streamcl.options import PositiveInt
 from streamcl.stream import Batch, StreamInfo, Transform
 
+from ._vilt import Vilt
+
 FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "README.md")  # weights, settings, vocabularies, the model card
 READS = {"input_ids": "text", "pixel_values": "image"}
+BOTH = "image and text"
 
 
 class HuggingFace(Pretrained):
@@ -57,10 +63,10 @@ class HuggingFace(Pretrained):
             self.net, report = AutoModel.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
             )
-            self.kind = READS.get(self.net.main_input_name, "")
-            if self.kind == "text":
+            self.kind = BOTH if self.net.config.model_type == "vilt" else READS.get(self.net.main_input_name, "")
+            if self.kind in ("text", BOTH):
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-            elif self.kind == "image":
+            if self.kind in ("image", BOTH):
                 self.processor = AutoImageProcessor.from_pretrained(folder, **local)
         except Exception as error:  # every library below has its own errors for a folder that lacks something
             raise ConfigError(f"backbone {self.reader}: {self.model} cannot be loaded: {first_line(error)}") from error
@@ -68,6 +74,10 @@ class HuggingFace(Pretrained):
             raise ConfigError(
                 f"backbone {self.reader}: {self.model} reads {self.net.main_input_name}; text and vision encoders are supported"
             )
+        if self.kind == BOTH:
+            self.origin, self.licence = origin(self.model, files), licence_of(folder, self.model)
+            self.prepare_both(info, set(report["missing_keys"]))
+            return
         self.reads = choose_modality(info, self.modality, (self.kind,), self.reader)
         self.keep_used_layers(set(report["missing_keys"]))
         self.origin, self.licence = origin(self.model, files), licence_of(folder, self.model)
@@ -84,12 +94,29 @@ class HuggingFace(Pretrained):
                 f"backbone {self.reader}: {self.model} does not give features with pooling {self.pooling}: {first_line(error)}"
             ) from error
 
+    def prepare_both(self, info: StreamInfo, missing: set[str]) -> None:
+        """A ViLT: its tokens and layers one by one, so that prompts can join them."""
+        image, text = (choose_modality(info, None, (kind,), self.reader) for kind in ("image", "text"))
+        if any(key.startswith("pooler.") for key in missing):
+            self.net.pooler = None
+        self.refuse({key for key in missing if not key.startswith("pooler.")})
+        self.reads, self.coloured = f"{image} and {text}", colour(info.modalities[image], self.reader)
+        self.prepare_tokenizer()
+        self.parts = Vilt(self.net, lambda values: self.tokens(values, padding="max_length"), image, text, self.length)
+        self.dim = self.parts.width
+
+    def transformer(self) -> Promptable:
+        return self.parts if self.kind == BOTH else super().transformer()
+
     def keep_used_layers(self, missing: set[str]) -> None:
         """Drop a pooler that is not used; refuse weights that the files lack, which transformers would leave at random."""
         pooler = getattr(self.net, "pooler", None)
         if self.pooling != "pooler" and isinstance(pooler, torch.nn.Module) and any(True for _ in pooler.parameters()):
             self.net.pooler = None
             missing = {key for key in missing if not key.startswith("pooler.")}
+        self.refuse(missing)
+
+    def refuse(self, missing: set[str]) -> None:
         if missing:
             lacking = ", ".join(sorted(missing)[:3])
             raise ConfigError(f"backbone {self.reader}: the files of {self.model} lack {len(missing)} tensors of its encoder: {lacking}")
@@ -101,8 +128,8 @@ class HuggingFace(Pretrained):
         places = getattr(self.net.config, "max_position_embeddings", None) or self.max_length
         self.length = min(self.max_length, self.tokenizer.model_max_length, places)
 
-    def tokens(self, values: list[str]) -> dict[str, Tensor]:
-        encoded = self.tokenizer(values, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+    def tokens(self, values: list[str], padding: bool | str = True) -> dict[str, Tensor]:
+        encoded = self.tokenizer(values, padding=padding, truncation=True, max_length=self.length, return_tensors="pt")
         return {name: value.to(self.net.device) for name, value in encoded.items()}
 
     def pooled(self, **inputs: Tensor) -> Tensor:
@@ -125,17 +152,23 @@ class HuggingFace(Pretrained):
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
     def encode(self, batch: Batch) -> Tensor:
+        if self.kind == BOTH:
+            return encode(self.parts, batch)
         if self.kind == "text":
             return self.pooled(**self.tokens(texts(batch, self.reads)))
         return self.pooled(pixel_values=numbers(batch, self.reads))
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.net.save_pretrained(folder)
-        (self.tokenizer if self.kind == "text" else self.processor).save_pretrained(folder)
+        for part, kinds in (("tokenizer", ("text", BOTH)), ("processor", ("image", BOTH))):
+            if self.kind in kinds:
+                getattr(self, part).save_pretrained(folder)
         return {"model": ".", "revision": None}
 
     def size(self) -> tuple[int, int]:
         """Height and width of the images that the model reads."""
+        if self.kind == BOTH:
+            return (self.net.config.image_size,) * 2
         size = self.processor.crop_size if getattr(self.processor, "do_center_crop", False) else self.processor.size
         edge = size.get("shortest_edge")
         return (size.get("height") or edge, size.get("width") or edge)
@@ -145,6 +178,6 @@ class HuggingFace(Pretrained):
             return super().transforms()
         processor = self.processor
         edge = processor.size.get("shortest_edge")
-        resize = edge or (processor.size["height"], processor.size["width"])
+        resize = self.size()[0] if self.kind == BOTH else edge or (processor.size["height"], processor.size["width"])
         interpolation = "bilinear" if int(processor.resample) == 2 else "bicubic"  # the numbers are Pillow's
         return vision_transforms(self.size(), resize, processor.image_mean, processor.image_std, interpolation, self.coloured)

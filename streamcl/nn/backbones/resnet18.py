@@ -57,3 +57,6 @@ class Resnet18(Backbone):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.layers(numbers(batch, self.reads)).mean(dim=(2, 3))
+
+    def patches(self, batch: Batch) -> Tensor:
+        return self.layers(numbers(batch, self.reads)).flatten(2).transpose(1, 2)

@@ -59,3 +59,6 @@ class Resnet32(Backbone):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.blocks(self.stem(numbers(batch, self.reads))).mean(dim=(2, 3))
+
+    def patches(self, batch: Batch) -> Tensor:
+        return self.blocks(self.stem(numbers(batch, self.reads))).flatten(2).transpose(1, 2)

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from streamcl.errors import ConfigError
@@ -95,6 +96,15 @@ class Timm(Pretrained):
 
     def encode(self, batch: Batch) -> Tensor:
         return self.net(numbers(batch, self.reads))
+
+    def patches(self, batch: Batch) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns):
+            found = self.net.forward_features(numbers(batch, self.reads))
+        if found.dim() == 3:  # a transformer's tokens, after its class and register tokens
+            return found[:, getattr(self.net, "num_prefix_tokens", 0) :]
+        if found.dim() != 4:
+            return super().patches(batch)
+        return found.flatten(1, 2) if getattr(self.net, "output_fmt", "NCHW") == "NHWC" else found.flatten(2).transpose(1, 2)
 
     def transforms(self) -> dict[str, list[Transform]]:
         import timm

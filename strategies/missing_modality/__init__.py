@@ -1,0 +1,1 @@
+"""Methods for samples that lack some of their modalities."""

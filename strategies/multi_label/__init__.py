@@ -1,0 +1,1 @@
+"""Methods for streams whose samples carry any number of classes."""
