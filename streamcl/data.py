@@ -414,6 +414,21 @@ def split_by_class(targets: Tensor, fraction: float, generator: torch.Generator,
     return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
 
 
+def split_by(kind: str, targets: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of two parts, each in the order of the samples, for targets of any kind; the second gets `fraction`, at least one of each
+    class or one in all, drawn at random. The first keeps a sample of every class, of sets of labels one that carries it.
+    """
+    if kind == "class":
+        return split_by_class(targets, fraction, generator, at_least=1)
+    count = len(targets)
+    held = torch.randperm(count, generator=generator) < min(max(1, round(fraction * count)), count - 1)
+    if kind == "labels":
+        carried = targets == 1
+        lost = carried.any(dim=0) & ~carried[~held].any(dim=0)
+        held[carried[:, lost].int().argmax(dim=0)] = False
+    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+
+
 __all__ = [
     "ArrayDataset",
     "Column",
@@ -430,6 +445,7 @@ __all__ = [
     "check_finite",
     "join",
     "place_in_class",
+    "split_by",
     "split_by_class",
     "whole",
 ]

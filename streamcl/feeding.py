@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamcl import config
 from streamcl.config import plugin_spec
-from streamcl.data import MapDataset, SinglePass, Subset, split_by_class
+from streamcl.data import MapDataset, SinglePass, Subset, split_by
 from streamcl.data_files import source_for
 from streamcl.errors import ConfigError, DataError, Interrupted, RunError
 from streamcl.learned import check_inputs, described, plain_info
@@ -29,6 +29,7 @@ from streamcl.writing import write_atomically
 if TYPE_CHECKING:
     from streamcl.engine import Engine
 
+TAKEN = ("class", "labels", "value", "mask")  # the kinds of target that a run may be fed with
 FIRST_ID = 2**40  # fed samples are numbered from here, so that ids stay unique over the whole stream
 TEST_ID = FIRST_ID // 2  # within a delivery, a test set that it brings: sources may number theirs from 0 again
 
@@ -72,9 +73,9 @@ class Extended(Scenario):
 
     def open(self, seed: int) -> StreamInfo:
         self.seed, self.info = seed, self.first.open(seed)
-        if self.info.target != "class" or type(self.first).__iter__ is not Scenario.__iter__:
+        if self.info.target not in TAKEN or type(self.first).__iter__ is not Scenario.__iter__:
             raise ConfigError(
-                "a run can be fed when its samples have one class each and its tasks can be read at any time; this one's cannot"
+                f"a run can be fed when it learns {', '.join(TAKEN)} and its tasks can be read at any time; this one's cannot"
             )
         last = self.first.task(self.start - 1)
         self._names = [last.names.get(label, str(label)) for label in sorted(last.seen)]
@@ -84,7 +85,10 @@ class Extended(Scenario):
             if fresh:
                 data = self._source(feed, "data")
                 feed = self.feeds[place] = dataclasses.replace(feed, classes=_occurring(data, feed), licence=data.licence)
-            self._names += [name for name in feed.classes if name not in self._names]
+            new = [name for name in feed.classes if name not in self._names]
+            if new and self.info.target == "mask":
+                raise DataError(f"{feed.name} has pixels of {new[0]!r}, and this run's masks are of {', '.join(self._names)}")
+            self._names += new
             self._reached.append(len(self._names))
             if fresh:
                 self.feeds[place] = self._checked(place)
@@ -107,6 +111,8 @@ class Extended(Scenario):
         feed, numbers = self.feeds[place], self._numbers(place)
         known, reached = self._reached[place : place + 2]
         labels, held = tuple(sorted(numbers[name] for name in feed.classes)), feed.samples["validation"]
+        if self.info.target == "value":
+            labels = tuple(range(reached))
         once = SinglePass if self.info.passes == 1 else _itself
         return Task(
             index=index,
@@ -155,11 +161,12 @@ class Extended(Scenario):
         data, first_id = self._source(feed, which), FIRST_ID * (place + 1)
 
         def delivered(dataset: Dataset, rows: Tensor, first: int = first_id) -> Dataset:
-            relabel = torch.tensor([numbers.get(name, -1) for name in data.class_names])
-            unknown = [data.class_names[label] for label in _labels(dataset, data, feed.name) if relabel[label] < 0]
+            if data.target == "value":
+                return _Delivered(dataset, rows, None, first)
+            unknown = [name for name in _names(dataset, data, feed.name) if name not in numbers]
             if unknown:
                 raise DataError(f"the test data of {feed.name} has classes that nothing was learned of: {', '.join(unknown[:5])}")
-            return _Delivered(dataset, rows, relabel, first)
+            return _Delivered(dataset, rows, _renumbering(data, numbers), first)
 
         if which == "test":
             test = held_out(data)
@@ -173,9 +180,10 @@ class Extended(Scenario):
             parts["test"] = delivered(data.test, torch.arange(len(data.test)), first_id + TEST_ID)
         for part, fraction in (("test", feed.holdout), ("validation", self.validation)):
             if fraction:
-                keep, held = split_by_class(data.train.targets[rows], fraction, generator(self.seed, part, feed.index), at_least=1)
+                keep, held = split_by(data.target, data.train.targets[rows], fraction, generator(self.seed, part, feed.index))
                 if not len(held):
-                    raise DataError(f"{feed.name} has one sample of each class: none can be held out")
+                    what = "sample of each class" if data.target in ("class", "labels") else "sample"
+                    raise DataError(f"{feed.name} has one {what}: none can be held out")
                 parts[part], rows = delivered(data.train, rows[held]), rows[keep]
         return {**parts, "train": delivered(data.train, rows)}
 
@@ -206,10 +214,35 @@ def _built(feed: Feed, which: str) -> Source:
 
 
 def _occurring(data: SourceData, feed: Feed) -> list[str]:
-    """The classes of a delivery, by name."""
+    """The classes of a delivery, by name; none where it is of values."""
     if len(data.train) == 0:
         raise DataError(f"{feed.name} holds no sample")
-    return list(dict.fromkeys(data.class_names[label] for label in _labels(data.train, data, feed.name)))
+    names = _names(data.train, data, feed.name)
+    if not names and data.target == "labels":
+        raise DataError(f"{feed.name} has no sample that carries a class")
+    return names
+
+
+def _names(dataset: Dataset, data: SourceData, what: str) -> list[str]:
+    """The classes that occur in one of a source's data sets: in label sets those that a sample carries."""
+    if data.target == "value":
+        return []
+    if data.target == "labels":
+        there = (dataset.targets == 1).any(dim=0).nonzero().squeeze(1).tolist()
+    else:
+        there = [label for label in dataset.targets.unique().tolist() if data.target == "class" or label != 255]
+    wrong = [label for label in there if not 0 <= label < len(data.class_names)]
+    if wrong:
+        raise DataError(f"{what}: the label {wrong[0]} is outside of the {len(data.class_names)} classes that its source declares")
+    return list(dict.fromkeys(data.class_names[label] for label in there))
+
+
+def _renumbering(data: SourceData, numbers: Mapping[str, int]) -> Tensor:
+    """What `Subset` needs to bring a delivery's classes to the run's numbers."""
+    if data.target == "labels":  # a column of the delivery for each class of the run
+        column = {name: place for place, name in reversed(list(enumerate(data.class_names)))}
+        return torch.tensor([column.get(name, -1) for name in sorted(numbers, key=numbers.__getitem__)])
+    return torch.tensor([numbers.get(name, 255 if data.target == "mask" else -1) for name in data.class_names])
 
 
 def _licences(first: str, feeds: Sequence[Feed]) -> str:
@@ -229,7 +262,7 @@ def _itself(dataset: Dataset) -> Dataset:
 class _Delivered(Subset):
     """A part of a delivery under the run's class numbers and with ids of its own."""
 
-    def __init__(self, dataset: Dataset, indices: Tensor, relabel: Tensor, first_id: int) -> None:
+    def __init__(self, dataset: Dataset, indices: Tensor, relabel: Tensor | None, first_id: int) -> None:
         super().__init__(dataset, indices, relabel)
         self.first_id, self.ids = first_id, self.ids + first_id
 
@@ -312,15 +345,6 @@ def check_whole(dataset: Dataset, info: StreamInfo, what: str) -> None:
     for batch in dataset.batches(1024):
         check_inputs(batch, info, what, first)
         first += len(batch)
-
-
-def _labels(dataset: Dataset, data: SourceData, what: str) -> list[int]:
-    """The labels that occur, as the source numbers them."""
-    labels = dataset.targets.unique().tolist()
-    wrong = [label for label in labels if not 0 <= label < len(data.class_names)]
-    if wrong:
-        raise DataError(f"{what}: the label {wrong[0]} is outside of the {len(data.class_names)} classes that its source declares")
-    return labels
 
 
 # -- the record ------------------------------------------------------------------------------------------------------------------
@@ -412,8 +436,8 @@ def feed(
         stream = folder.read("info.json")["stream"]
         if stream["test_time"]:
             raise ConfigError(f"{folder.path} serves a test-time stream and learns from no labels: nothing can be fed to it")
-        if stream["target"] != "class":
-            raise ConfigError(f"{folder.path} learns {stream['target']}, and only a run that learns classes can be fed")
+        if stream["target"] not in TAKEN:
+            raise ConfigError(f"{folder.path} learns {stream['target']}, and only a run that learns {', '.join(TAKEN)} can be fed")
         given = source_mapping(data)
         title = name or Path(str(given.get("path", given["name"]))).stem
         new = Feed(status["cursor"]["tasks_done"], title, given, None if test is None else source_mapping(test), holdout)

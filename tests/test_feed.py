@@ -79,6 +79,70 @@ def test_every_strategy_learns_new_classes_then_old_ones_then_both(strategy: str
     assert json.loads((run / "status.json").read_text())["status"] == "done"
 
 
+def vectors(path: Path, count: int, *, seed: int, **target: Any) -> str:
+    x = np.random.default_rng(seed).normal(size=(count, 6)).astype(np.float32)
+    np.savez(path, x=x, **{name: make(x) for name, make in target.items()})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("er", {}), ("krt", {"attention": False}), ("ml_masked", {}), ("ml_finetune", {}), ("ml_joint", {}), ("asl", {})]
+)
+def test_sets_of_labels_are_fed_by_the_names_of_their_columns(strategy: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A delivery annotates its own columns; what it says nothing of is not annotated."""
+    first = vectors(tmp_path / "first.npz", 200, seed=0, y=lambda x: (x[:, :4] > 0.5).astype(np.int8))
+    source = {"name": "arrays", "path": first, "as": "labels", "class_names": list("abcd"), "test_fraction": 0.2}
+    run, scenario = tmp_path / "run", {"name": "multi_label", "data": source, "increment": 2}
+    changes = {"model": {"backbone": {"name": "mlp", "hidden": [16]}}, "memory": {"exemplars": 50}, "strategy": options}
+    running.run(small_run(strategy, scenario=scenario, **changes, log=[]), out=run)
+
+    def columns(x: np.ndarray) -> np.ndarray:
+        return np.stack([x[:, 4] > 0.5, x[:, 1] > 0.5, x[:, 0] > 99], axis=1).astype(np.int8)
+
+    more = vectors(tmp_path / "more.npz", 60, seed=1, y=columns)
+    given = {"name": "arrays", "path": more, "as": "labels", "class_names": ["e", "b", "never"]}
+    scores = feeding.feed(run, json.dumps(given), holdout=0.25, name="more")
+    task = scores["tasks"][2]
+    assert (task["classes"], task["train"], task["test"]) == (["e"], 45, 15) and scores["per_class"]["classes"] == list("abcde")
+    assert len(scores["matrix"]) == 3 and scores["metric"] == "map" and all(value is not None for value in scores["matrix"][2])
+    folder = RunFolder.open(run)
+    folder.close()
+    learned = running.continued(folder).scenario.task(2).train
+    assert learned.targets.shape[1] == 5
+    assert torch.equal((learned.targets >= 0).any(dim=0), torch.tensor([False, True, False, False, True]))
+    x = torch.cat([batch.inputs["vector"] for batch in learned.batches(100)])
+    for column in (1, 4):
+        assert torch.equal(learned.targets[:, column], (x[:, column] > 0.5).to(torch.int8))
+
+
+def test_values_are_fed_and_scored(tmp_path: Path) -> None:
+    first = vectors(tmp_path / "first.npz", 200, seed=0, y=lambda x: x[:, 0])
+    source = {"name": "arrays", "path": first, "as": "value", "test_fraction": 0.2}
+    run, scenario = tmp_path / "run", {"name": "missing_modality", "data": source, "missing": [{}, {}]}
+    running.run(small_run("finetune", scenario=scenario, log=[]), out=run)
+    more = vectors(tmp_path / "more.npz", 40, seed=1, y=lambda x: x[:, 0])
+    scores = feeding.feed(run, json.dumps({"name": "arrays", "path": more, "as": "value"}), holdout=0.25, name="more")
+    assert scores["metric"] == "mae" and len(scores["matrix"][2]) == 3 and scores["tasks"][2]["train"] == 30
+    with pytest.raises(DataError, match="digits is labelled with class, and this run takes value"):
+        feeding.feed(run, images(tmp_path / "digits.npz", 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        (np.full((4, 2), 2), "labels", r"y.npz, row 0: a label is not 1, 0 or -1 \(and 3 more such\)"),
+        (np.zeros(4), "labels", "whole numbers, a column per class, are needed"),
+        (np.array([0.0, np.nan, 1.0, 2.0]), "value", "row 1: a value is NaN or infinite"),
+        (np.array(list("abcd")), "value", "numbers, one or several per row, are needed"),
+        (np.zeros((4, 2), int), "class", "must hold one whole number or text per row.*`as: labels`"),
+    ],
+)
+def test_targets_that_are_none_are_refused_by_row(values: np.ndarray, kind: str, message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "y.npz", x=np.zeros((4, 3), np.float32), y=values)
+    with pytest.raises(DataError, match=message):
+        config.plugin_spec("source", {"name": "arrays", "path": str(tmp_path / "y.npz"), "as": kind}).build().load()
+
+
 def test_ids_stay_unique_and_classes_are_matched_by_name(tmp_path: Path, finished: Any) -> None:
     run = finished("er", tmp_path / "run")
     feeding.feed(run, images(tmp_path / "a.npz", 3, 7), holdout=0.2)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamcl.data import ArrayDataset, FileDataset, split_by_class
+from streamcl.data import ArrayDataset, FileDataset, split_by
 from streamcl.errors import ConfigError, DataError
 from streamcl.options import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from streamcl.plugins import near_name
@@ -33,13 +33,15 @@ LABELS = ("label", "labels", "target", "class", "category", "intent", "fine_labe
 class Records:
     """The records of one part as they were read: a column per modality, the labels, and the words for where a row stands.
 
-    `kinds` says of a modality what its column does not tell by itself: uint8 is an image and float32 a vector.
+    `kinds` says of a modality what its column does not tell by itself: uint8 is an image and float32 a vector. `labels` are of one class
+    each, unless the targets are sets of labels or values, which `targets` holds as a data set does.
     """
 
     columns: dict[str, Tensor | list | Encoded]
-    labels: pa.Array
+    labels: pa.Array | None
     where: Callable[[int], str]
     kinds: dict[str, str] = field(default_factory=dict)
+    targets: Tensor | None = None
 
 
 class RecordSource(Source):
@@ -69,13 +71,15 @@ class RecordSource(Source):
     @abstractmethod
     def load(self) -> SourceData: ...
 
-    def assemble(self, train: Records, test: Records | None, names: Sequence[str] | None = None, licence: str | None = None) -> SourceData:
+    def assemble(
+        self, train: Records, test: Records | None, names: Sequence[str] | None = None, licence: str | None = None, target: str = "class"
+    ) -> SourceData:
         """The data sets; `names` are the declared classes, by which whole-numbered labels count."""
         numbering = Numbering(names)
-        targets = numbering.learn(train)
-        test_targets = None if test is None else numbering.apply(test)
+        targets = numbering.learn(train) if train.targets is None else train.targets
+        test_targets = None if test is None else numbering.apply(test) if test.targets is None else test.targets
         if test is None and self.test_fraction:
-            keep, held = split_by_class(targets, self.test_fraction, generator(self.split_seed, "test"), at_least=1)
+            keep, held = split_by(target, targets, self.test_fraction, generator(self.split_seed, "test"))
             test, test_targets = _pick(train, held), targets[held]
             train, targets = _pick(train, keep), targets[keep]
         problems: dict[str, int] = {}
@@ -90,7 +94,7 @@ class RecordSource(Source):
                     raise DataError(f"{test.where(0)}: {name} is {_modality(test, name)}, and in training {_modality(train, name)}")
             test_data = self._dataset(test, test_targets, len(data), problems)
         modalities = {name: _modality(train, name) for name in train.columns}
-        return SourceData(data, test_data, numbering.names, modalities, licence=licence or self.licence, problems=problems)
+        return SourceData(data, test_data, numbering.names, modalities, target, licence or self.licence, problems)
 
     def _dataset(self, records: Records, targets: Tensor, first_id: int, problems: dict[str, int]) -> Dataset:
         skip = self.on_error == "skip"
@@ -191,6 +195,7 @@ def _values(records: Records) -> tuple[np.ndarray, list]:
     import pyarrow as pa
 
     labels = records.labels
+    assert labels is not None
     if pa.types.is_floating(labels.type):
         whole = labels.cast(pa.int64(), safe=False)
         wrong = np.flatnonzero(whole.fill_null(0).to_numpy(zero_copy_only=False) != labels.fill_null(0).to_numpy(zero_copy_only=False))
@@ -243,7 +248,8 @@ def _pick(records: Records, places: Tensor) -> Records:
     return replace(
         records,
         columns={name: _rows(column, places) for name, column in records.columns.items()},
-        labels=records.labels.take(rows),
+        labels=None if records.labels is None else records.labels.take(rows),
+        targets=None if records.targets is None else records.targets[places],
         where=lambda row: records.where(int(rows[row])),
     )
 

@@ -7,6 +7,9 @@ vectors, float32; text is text. Where the arrays of the training set have `train
 test set. A single .npy file holds the inputs; its labels lie in the file of the same name with `target` in the place of `x`
 (`x.npy` and `y.npy`, `x_test.npy` and `y_test.npy`; `inputs`, `images`, `data` and `features` count as `x`).
 
+`as: labels` reads the target as sets of labels, a column for each class (1 it is there, 0 it is not, -1 not annotated), and `as: value`
+as numbers to predict, one or several in a row.
+
 The data and its licence are whatever the files hold. Nothing that needs pickle is read. Errors name the file and the row, from 0.
 """
 
@@ -32,8 +35,8 @@ _KINDS = ("image", "audio", "vector", "text")
 
 
 class Arrays(RecordSource):
-    """`target` names the array of labels, whole numbers or text; `class_names` gives whole numbers their names; `test` is a second file
-    with arrays of the same names. `layout` settles images whose channels could be the first dimension or the last."""
+    """`target` names the array of labels, whole numbers or text; `class_names` gives whole numbers (or columns) their names; `test` is a
+    second file with arrays of the same names. `layout` settles images whose channels could be the first dimension or the last."""
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class Arrays(RecordSource):
         test: Path | None = None,
         inputs: dict[str, str] | None = None,
         target: str = "y",
+        as_: Literal["class", "labels", "value"] = "class",
         class_names: list[str] | None = None,
         layout: Literal["auto", "nchw", "nhwc"] = "auto",
         test_fraction: Fraction = 0.0,
@@ -49,6 +53,7 @@ class Arrays(RecordSource):
     ) -> None:
         super().__init__(test_fraction=test_fraction, split_seed=split_seed)
         self.path, self.test, self.inputs, self.target, self.class_names = path, test, inputs, target, class_names
+        self.kind = as_
         self.layout = layout
 
     def files(self) -> list[str]:
@@ -72,7 +77,18 @@ class Arrays(RecordSource):
             test = self._records(test_place, _open(test_place, self.target), names, self.target)
         elif test_target != self.target and {test_target, *test_names.values()} <= set(arrays):
             test = self._records(place, arrays, test_names, test_target)
-        return self.assemble(train, test, self.class_names)
+        return self.assemble(train, test, self._columns(place, train, test), target=self.kind)
+
+    def _columns(self, place: Path, train: Records, test: Records | None) -> list[str] | None:
+        """The declared names, one for each column where the target has several."""
+        if train.targets is None:
+            return self.class_names
+        width = train.targets.shape[1] if train.targets.dim() == 2 else 1
+        if test is not None and test.targets is not None and test.targets.shape[1:] != train.targets.shape[1:]:
+            raise DataError(f"{place}: {self.target!r} has {width} columns, and that of the test set another number")
+        if self.class_names is not None and len(self.class_names) != width:
+            raise DataError(f"{place}: {self.target!r} has {width} columns, and there are {len(self.class_names)} class_names")
+        return self.class_names or ([str(column) for column in range(width)] if self.kind == "labels" else [])
 
     def _names(self, place: Path, arrays: Mapping[str, Any]) -> dict[str, str]:
         """Modality -> array; the modality "" is told by the array."""
@@ -90,16 +106,21 @@ class Arrays(RecordSource):
         import pyarrow as pa
 
         labels = _array(place, arrays, column_named(target, list(arrays), str(place), "target"))
-        if labels.ndim == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        if labels.ndim != 1 or labels.dtype.kind not in "iufUb":
-            raise DataError(
-                f"{place}: {target!r} must hold one whole number or text per row, and has the shape {labels.shape} and type {labels.dtype}"
-            )
         if not len(labels):
             raise DataError(f"{place}: {target!r} is empty")
         where = Place([place], [len(labels)])
-        records = Records({}, pa.array(labels), where)
+        if labels.ndim == 2 and labels.shape[1] == 1 and self.kind != "labels":
+            labels = labels[:, 0]
+        if self.kind != "class":
+            records = Records({}, None, where, targets=self._targets(labels, where, f"{place}: {target!r}"))
+        elif labels.ndim != 1 or labels.dtype.kind not in "iufUb":
+            told = " (sets of labels: `as: labels`)" if labels.ndim == 2 and labels.dtype.kind in "iub" else ""
+            raise DataError(
+                f"{place}: {target!r} must hold one whole number or text per row, and has the shape {labels.shape} and type "
+                f"{labels.dtype}{told}"
+            )
+        else:
+            records = Records({}, pa.array(labels), where)
         for asked, name in names.items():
             values = _array(place, arrays, name)
             if values.ndim == 0 or len(values) != len(labels):
@@ -110,6 +131,20 @@ class Arrays(RecordSource):
             records.columns[asked or kind] = self._column(values, kind, where, f"{place}: {name!r}")
             records.kinds[asked or kind] = kind
         return records
+
+    def _targets(self, values: np.ndarray, where: Place, what: str) -> Tensor:
+        """Sets of labels, or values."""
+        if self.kind == "labels":
+            if values.ndim != 2 or values.dtype.kind not in "iub":
+                raise DataError(
+                    f"{what} has the shape {values.shape} and type {values.dtype}: whole numbers, a column per class, are needed"
+                )
+            refuse_rows(np.flatnonzero(~np.isin(values, (-1, 0, 1)).all(axis=1)), where, "a label is not 1, 0 or -1")
+            return torch.from_numpy(values.astype(np.int8))
+        if values.ndim not in (1, 2) or values.dtype.kind not in "iuf":
+            raise DataError(f"{what} has the shape {values.shape} and type {values.dtype}: numbers, one or several per row, are needed")
+        refuse_rows(np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1)), where, "a value is NaN or infinite")
+        return torch.from_numpy(values.astype(np.float32))
 
     def _column(self, values: np.ndarray, kind: str, where: Place, what: str) -> Column:
         if (kind == "text") != (values.dtype.kind == "U"):

@@ -131,16 +131,18 @@ class _Speakers(RecordSource):
     named: Callable[[str], str | None] | None = None
     rate = 0
 
-    def assemble(self, train: Records, test: Records | None, names: Sequence[str] | None = None, licence: str | None = None) -> SourceData:
+    def assemble(
+        self, train: Records, test: Records | None, names: Sequence[str] | None = None, licence: str | None = None, target: str = "class"
+    ) -> SourceData:
         parts = [part for part in (train, test) if part is not None]
         if self.speaker is None or set(train.columns) != {"audio"}:
-            return super().assemble(train, test, names, licence)
+            return super().assemble(train, test, names, licence, target)
         spoken = [self._spoken(number, part) for number, part in enumerate(parts)]
         self.speakers = sorted(set().union(*spoken))
         number = {name: place for place, name in enumerate(self.speakers)}
         for part, said in zip(parts, spoken, strict=True):
             part.columns["speaker"] = torch.tensor([number[name] for name in said], dtype=torch.int64)
-        data = super().assemble(train, test, names, licence)
+        data = super().assemble(train, test, names, licence, target)
         self.by_part = [_taken(part) for part in (data.train, data.test) if part is not None]
         del data.modalities["speaker"]
         return data
