@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from small_runs import classifying, comparable, small_run
+from small_runs import classifying, comparable, family, small_run
 
 from streamcl import cli, config, feeding, running
 from streamcl.errors import ConfigError, DataError, Interrupted, PluginError, RunError
@@ -86,7 +86,8 @@ def vectors(path: Path, count: int, *, seed: int, **target: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options"), [("er", {}), ("krt", {"attention": False}), ("ml_masked", {}), ("ml_finetune", {}), ("ml_joint", {}), ("asl", {})]
+    ("strategy", "options"),
+    [("er", {}), ("krt", {"attention": False}), ("ml_masked", {}), ("ml_finetune", {}), ("ml_joint", {}), ("asl", {})],
 )
 def test_sets_of_labels_are_fed_by_the_names_of_their_columns(strategy: str, options: dict[str, Any], tmp_path: Path) -> None:
     """A delivery annotates its own columns; what it says nothing of is not annotated."""
@@ -242,6 +243,26 @@ def test_several_modalities_are_fed_together(tmp_path: Path) -> None:
     only = {**pairs("third.npz", 3), "inputs": {"image": "image"}}
     with pytest.raises(DataError, match=r"third has image \(.*\), and this run takes image \(.*\) and audio \(decimal numbers, 16\)"):
         feeding.feed(tmp_path / "run", json.dumps(only))
+
+
+@pytest.mark.parametrize("strategy", ["mmp", "mplmm", "cmmm", "cggm", "ogm_ge"])
+def test_methods_of_several_modalities_are_fed_complete_samples_and_a_new_class(strategy: str, tmp_path: Path) -> None:
+    def pairs(name: str, *digits: int) -> dict[str, Any]:
+        rows = np.concatenate([np.flatnonzero(digit == DIGITS)[:30] for digit in digits])
+        np.savez(tmp_path / name, image=PIXELS[rows], means=PIXELS[rows].reshape(-1, 64)[:, ::4].astype(np.float32), y=DIGITS[rows])
+        return {"name": "arrays", "path": str(tmp_path / name), "inputs": {"image": "image", "vector": "means"}}
+
+    data = {**pairs("first.npz", 0, 1), "test_fraction": 0.3}
+    scenario = {"name": "missing_modality", "data": data, "missing": [{"image": 0.5}, {"vector": 0.5}]}
+    backbone = (
+        {"name": "fusion", "width": 8}
+        if family(strategy) == "terms"
+        else {"name": "multimodal_transformer", "width": 16, "depth": 3, "heads": 2}
+    )
+    model = {"backbone": backbone, "pretrain": {"scenario": {**scenario, "missing": [{}]}, "strategy": {"name": "finetune", "epochs": 1}}}
+    running.run(small_run(strategy, scenario=scenario, model=model, log=[]), out=tmp_path / "run")
+    scores = feeding.feed(tmp_path / "run", json.dumps(pairs("second.npz", 1, 2)), holdout=0.2)
+    assert scores["tasks"][-1]["classes"] == ["2"] and all(value is not None for value in scores["matrix"][-1])
 
 
 OWN_SOURCE = """
