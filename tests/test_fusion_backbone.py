@@ -11,6 +11,7 @@ from torch import Tensor
 
 from streamcl.errors import ConfigError
 from streamcl.nn.backbones.fusion import Fusion
+from streamcl.nn.model import GrowingHead
 from streamcl.stream import Batch, Modality, StreamInfo
 
 MODALITIES = {
@@ -24,10 +25,10 @@ MODALITIES = {
 WORDS = ["a red circle", "Look at it!", "one two three", "circle red a"]
 
 
-def built(**options: Any) -> Fusion:
+def built(target: str = "class", **options: Any) -> Fusion:
     torch.manual_seed(0)
     backbone = Fusion(width=6, **options)
-    backbone.build(StreamInfo(MODALITIES))
+    backbone.build(StreamInfo(MODALITIES, target=target))
     with torch.no_grad():
         for name, parameter in backbone.absent.items():
             parameter.copy_(torch.randn(6, generator=torch.Generator().manual_seed(len(name))))
@@ -156,3 +157,34 @@ def test_some_modalities_may_be_chosen_and_each_is_read_once() -> None:
 def test_modalities_that_cannot_be_read_are_refused(modalities: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         built(modalities=modalities)
+
+
+@pytest.mark.parametrize("target", ["class", "mask"])
+def test_each_modality_s_columns_depend_on_its_own_parameters_and_on_no_other_s(target: str) -> None:
+    backbone = built(target)
+    features = backbone(batch({"clip": torch.tensor([True, False, True, True])}))
+    parts = backbone.fused()
+    assert sum(len(part.parameters) for part in parts.values()) == len(list(backbone.parameters()))
+    owner = {id(parameter): name for name, part in parts.items() for parameter in part.parameters}
+    for name, part in parts.items():
+        backbone.zero_grad(set_to_none=True)
+        features[:, part.columns].square().sum().backward(retain_graph=True)
+        assert {owner[id(p)] for p in backbone.parameters() if p.grad is not None and bool(p.grad.any())} == {name}
+
+
+def test_for_masks_there_are_features_and_logits_of_every_pixel() -> None:
+    backbone = built("mask")
+    there = torch.tensor([True, False, True, False])
+    features = backbone(batch({"image": there, "text": there}))
+    assert features.shape == (4, 36, 20, 20)
+    columns = {name: part.columns for name, part in backbone.fused().items()}
+    said, seen = features[:, columns["text"]], features[:, columns["image"]]
+    assert torch.equal(said, said[:, :, :1, :1].expand_as(said)) and not torch.equal(seen[0, :, 0, 0], seen[0, :, 9, 9])
+    assert torch.equal(seen[1], backbone.absent["image"][:, None, None].expand(6, 20, 20)), "a learned vector stands in for each pixel"
+    head = GrowingHead(36, 3)
+    assert torch.allclose(head(features)[:, :, 4, 7], head(features[:, :, 4, 7]), atol=1e-6) and head(features).shape == (4, 3, 20, 20)
+
+
+def test_masks_need_images_of_one_size() -> None:
+    with pytest.raises(ConfigError, match="masks need images of one size, and what it reads has no image"):
+        built("mask", modalities=["text"])

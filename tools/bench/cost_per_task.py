@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "derpp": REPLAY,
     "icarl": {**LOOP, "optimizer": {"lr": 0.1}},
     "bic": {**LOOP, "bias_epochs": 20},
-    "memo": LOOP,
+    "memo": {**LOOP, "optimizer": {"lr": 0.02}},
     "joint": LOOP,
     "simplecil": {},
     "slda": {},

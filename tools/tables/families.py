@@ -78,6 +78,48 @@ TABLES: dict[str, list[Table]] = {
         ),
     ],
 }
+LABELS = {
+    "mAP, final": "final",
+    "mAP, average": "average_incremental",
+    "CF1": "metrics.cf1.final",
+    "OF1": "metrics.of1.final",
+    "macro F1": "metrics.macro_f1.final",
+    "mAP forgetting": "forgetting",
+}
+
+
+def label_sets(ending: str, **more: Row) -> dict[str, Row]:
+    return {
+        "ml_finetune": Row(f"multi_label/ml_finetune{ending}"),
+        "ml_masked": Row(f"multi_label/ml_masked{ending}"),
+        "ml_masked, cross-entropy": Row(f"multi_label/ml_masked{ending}", ("strategy.with=[]", "scenario.threshold=0.5")),
+        "krt, pseudo-labels above 0.8 alone": Row(
+            f"multi_label/krt{ending}", ("strategy.attention=false", "strategy.threshold=0.8", "strategy.cardinality=null")
+        ),
+        "krt, pseudo-labels alone": Row(f"multi_label/krt{ending}", ("strategy.attention=false",)),
+        **more,
+        "ml_joint": Row(f"multi_label/ml_joint{ending}"),
+    }
+
+
+TABLES["multi_label"] = [
+    Table(
+        "Label sets: scenes of digits, 5 tasks of 2 classes, a network that has seen other scenes, %",
+        LABELS,
+        label_sets(
+            "",
+            **{
+                "krt without the token loss": Row("multi_label/krt", ("strategy.token_weight=0",)),
+                "krt": Row("multi_label/krt"),
+                "krt, 20 exemplars per class": Row(
+                    "multi_label/krt", ("strategy.replay_labels=original", "memory={exemplars: 20, unit: per_class}")
+                ),
+            },
+        ),
+    ),
+    Table("Label sets: Mulan's scene, 3 tasks of 2 classes, %", LABELS, label_sets("_scene")),
+    Table("Label sets: Mulan's yeast, 7 tasks of 2 classes, %", LABELS, label_sets("_yeast")),
+]
 
 
 def figure(scores: dict[str, Any], where: str) -> float | None:
@@ -93,7 +135,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/families"))
     options = parser.parse_args()
-    print("# The families, as measured\n\nMade by `python tools/tables/families.py` on two CPU cores; mean ± standard deviation over seeds.")
+    print(
+        "# The families, as measured\n\nMade by `python tools/tables/families.py` on two CPU cores; mean ± standard deviation over seeds."
+    )
     for family in options.families or TABLES:
         for number, table in enumerate(TABLES[family], 1):
             print(f"\n## {table.title}\n")

@@ -56,7 +56,7 @@ def fitted(features: Tensor, target: Tensor, classes: int) -> Tensor:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return weight.detach()
 
 
