@@ -47,11 +47,10 @@ def noise_of(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class Sheet(NamedTuple):
-    """A PNG of a gallery, taken apart: each row as a PNG of its own in a data URI."""
+    """A PNG of a gallery, taken apart: each row as a PNG of its own in a data URI, and how many pictures it shows."""
 
     after: int  # the number of the task, from 1
-    abreast: int
-    rows: dict[str, str]
+    rows: dict[str, tuple[str, int]]
 
 
 def read_sheets(run: Path) -> list[Sheet]:
@@ -63,13 +62,14 @@ def read_sheets(run: Path) -> list[Sheet]:
         try:
             with Image.open(file) as image:
                 image.load()
-                names = str(getattr(image, "text", {}).get("rows", "")).splitlines()
-                height, rows = image.height // max(1, len(names)), {}
-                for place, name in enumerate(names):
+                lines = str(getattr(image, "text", {}).get("rows", "")).splitlines()
+                height, width, rows = image.height // max(1, len(lines)), image.width // SHOWN, {}
+                for place, line in enumerate(lines):
+                    count, _, name = line.partition("\t")
                     content = io.BytesIO()
-                    image.crop((0, place * height, image.width, (place + 1) * height)).save(content, format="png")
-                    rows[name] = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-                sheets.append(Sheet(int(file.stem.rpartition("-")[2]), SHOWN, rows))
+                    image.crop((0, place * height, int(count) * width, (place + 1) * height)).save(content, format="png")
+                    rows[name] = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}", int(count)
+                sheets.append(Sheet(int(file.stem.rpartition("-")[2]), rows))
         except (OSError, ValueError, UnidentifiedImageError):
             continue
     return sheets
@@ -121,7 +121,7 @@ class Gallery:
         values = (torch.cat(lines, dim=1).clamp(0, 1) * 255).round().to(torch.uint8)  # (channels, rows x height, SHOWN x width)
         image = Image.fromarray(values[0].numpy() if len(values) == 1 else values.permute(1, 2, 0).numpy())
         about: Any = PngInfo()
-        about.add_itxt("rows", "\n".join(rows))
+        about.add_itxt("rows", "\n".join(f"{len(kept)}\t{name}" for name, kept in rows.items()))
         content = io.BytesIO()
         image.save(content, format="png", pnginfo=about)
         self.folder.mkdir(exist_ok=True)

@@ -232,10 +232,10 @@ def _painted(count: Iterator[int], directory: Path) -> str:
     sheets = read_sheets(directory)
     if not sheets:
         return ""
-    edge, shown = 26, sheets[-1].abreast
+    edge, shown = 26, max(count for sheet in sheets for _, count in sheet.rows.values())
     gap, top, names = 3, 18, list(dict.fromkeys(name for sheet in sheets for name in sheet.rows))
     label = 14 + max(7 * len(shortened(name, 24)) for name in names)
-    block = shown * (edge + gap) + 14
+    block = shown * edge + 18
     abreast = max(1, int((WIDTH - label) // block))
     pieces: list[str] = []
     y = 0.0
@@ -247,9 +247,9 @@ def _painted(count: Iterator[int], directory: Path) -> str:
             pieces.append(_text(x, y + 12, f"after task {sheet.after}", kind="soft"))
             for row, name in enumerate(rows):
                 if name in sheet.rows:
-                    uri, above = sheet.rows[name], y + top + row * (edge + gap)
+                    (uri, pictures), above = sheet.rows[name], y + top + row * (edge + gap)
                     pieces.append(
-                        f'<image x="{x:.1f}" y="{above:.1f}" width="{shown * edge}" height="{edge}" preserveAspectRatio="none" '
+                        f'<image x="{x:.1f}" y="{above:.1f}" width="{pictures * edge}" height="{edge}" preserveAspectRatio="none" '
                         f'style="image-rendering:pixelated" href="{uri}"/>'
                     )
         pieces += [_text(label - 10, y + top + row * (edge + gap) + 17, shortened(name, 24), "end") for row, name in enumerate(rows)]

@@ -341,19 +341,19 @@ def test_a_run_is_scored_painted_and_exported(tmp_path: Path) -> None:
         ({"evaluate": {"future": True}}, "evaluate.future"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_with_what_to_change(changes: dict[str, Any], message: str | None) -> None:
+def test_what_cannot_be_is_refused_with_what_to_change(changes: dict[str, Any], message: str | None, tmp_path: Path) -> None:
     config = small_run("textual_inversion", strategy={"epochs": 1}, log=[])
     config["scenario"] = {**PAINTED["scenario"], "judge": "none", **changes.get("scenario", {})}
     config["model"] = {"backbone": PAINTED["model"]["backbone"], **changes.get("model", {})}
     config |= {key: value for key, value in changes.items() if key not in ("scenario", "model")}
     if message is None:
-        running.run(config)
+        running.run(config, out=tmp_path / "run")
         return
     with pytest.raises((ConfigError, DataError), match=message):
-        running.run(config)
+        running.run(config, out=tmp_path / "run")
 
 
-def test_pictures_without_captions_are_no_stream_for_a_painter() -> None:
+def test_pictures_without_captions_are_no_stream_for_a_painter(tmp_path: Path) -> None:
     config = small_run("text_to_image", scenario={"name": "class_incremental", "data": "digits", "tasks": 2}, log=[])
     with pytest.raises(ConfigError, match="text_to_image learns image, and the target of this stream is class"):
-        running.run(config)
+        running.run(config, out=tmp_path / "run")

@@ -180,14 +180,12 @@ class Prior:
         self.pictures: dict[str, Tensor] = {}  # caption -> pictures from 0 to 1, as bytes
 
     def paint(self, learner: ConceptLearner, task: Task) -> None:
-        """Once for each class word, with what the generator is now: called before the first task."""
-        if not self.count:
-            return
-        for concept in task.concepts:
-            word = concept["word"]
-            caption = concept["prompts"][0].replace(concept["phrase"], word)
-            if not word or caption in self.pictures:
+        """Once for each class word of the stream, with what the generator is now: called before the first task."""
+        first = task.concepts[0]
+        for word in dict.fromkeys(learner.info.nouns) if self.count else ():
+            if not word:
                 continue
+            caption = first["prompts"][0].replace(first["phrase"], word)
             learner.check_words([caption], "scenario.word")
             noise = learner.draw(learner.backbone.latent_shape(self.count))
             parts = [learner.backbone.paint(learner.backbone.read([caption] * len(part)), part) for part in noise.split(64)]

@@ -74,4 +74,4 @@ class CLora(ConceptLearner):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.past = dict(state["past"])
+        self.past = {name: value.to(self.context.device) for name, value in state["past"].items()}

@@ -260,5 +260,6 @@ class ConceptGuard(ConceptLearner):
         for name in ("offset", "binding", "common", "importance"):
             getattr(self, name).copy_(state[name])
         self.stamps = {int(label): int(stamp) for label, stamp in state["stamps"].items()}
-        self.painted, self.before = dict(state["painted"]), dict(state["before"])
+        self.painted = dict(state["painted"])
+        self.before = {name: value.to(self.context.device) for name, value in state["before"].items()}
         self.set_queue([int(label) for label in state["queued"]])

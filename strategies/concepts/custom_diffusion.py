@@ -107,8 +107,10 @@ class CustomDiffusion(ConceptLearner):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.original, self.said = dict(state["original"]), list(state["said"])
-        self.meant = [dict(each) for each in state["meant"]]
+        device = self.context.device
+        self.original = {name: value.to(device) for name, value in state["original"].items()}
+        self.said = [value.to(device) for value in state["said"]]
+        self.meant = [{name: value.to(device) for name, value in each.items()} for each in state["meant"]]
         self.prior.restore(state["prior"])
 
 

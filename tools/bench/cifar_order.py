@@ -25,7 +25,7 @@ from streamcl.stream import Dataset, Source, SourceData
 METHODS: dict[str, dict[str, Any]] = {
     "finetune": {},
     "lwf": {},
-    "ewc": {"strength": 100.0, "ceiling": None},
+    "ewc": {},
     "er": {"replay": 32},
     "er_ace": {"replay": 32},
     "derpp": {"replay": 32, "alpha": 0.3},
