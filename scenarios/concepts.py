@@ -18,10 +18,18 @@ before the stream (once, and cached; never on painted ones), or CLIP where its w
 or `open_clip:` and a folder), or `none`. In what the judge reads, the placeholder and class word are replaced by the concept's own name
 for `own`, which knows no other words, and by the class word for CLIP. The real pictures that painted ones are compared with are the
 concept's training pictures.
+
+`streamcl feed` brings further concepts: the classes of a delivery, with all pictures that it has of each. Their class word is `word`, or
+the concept's own name where `word` does not list it. The own judge stays as it was trained: it compares with the delivered pictures, and
+gives no text alignment for a name that is none of its source's classes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -122,6 +130,8 @@ class Concepts(Scenario):
         nth[shuffled] = place_in_class(arrived[shuffled])
         chosen = torch.where((nth < self.images) & (arrived >= 0), torch.div(arrived, self.together, rounding_mode="floor"), -1)
         self._rows = by_task(chosen, -(-len(arrival) // self.together))
+        self._bounds = [*range(0, len(arrival), self.together), len(arrival)]  # the concepts of each task
+        self._taken: list[tuple[str, Dataset]] = []  # the name and the pictures of each task that was delivered
         self._all = [self._words(place, name) for place, name in enumerate(names)]
         self.info = StreamInfo(
             modalities={self.modality: loaded.modalities[self.modality], "text": Modality("text")},
@@ -135,29 +145,52 @@ class Concepts(Scenario):
             words=tuple(concept["placeholder"] for concept in self._all),
             nouns=tuple(concept["word"] for concept in self._all),
         )
-        self._names, self._arrival, self._judge = names, arrival, None
+        self._arrival, self._judge = arrival, None
+        return self.info
+
+    def takes(self) -> StreamInfo:
+        return StreamInfo({self.modality: self.info.modalities[self.modality]})
+
+    def take(self, name: str, classes: Sequence[str], train: Dataset) -> StreamInfo:
+        """Each class is a new concept, with all its pictures."""
+        known = [concept["name"] for concept in self._all]
+        for again in classes:
+            if again in known:
+                raise DataError(
+                    f"{name} has pictures of {again!r}, a concept of the run already, whose word was learned: give the new ones another "
+                    f"name ({again} 2), which becomes a concept of its own, or leave them out"
+                )
+        self._all += [self._words(len(known) + place, concept) for place, concept in enumerate(classes)]
+        self._bounds.append(len(self._all))
+        self._taken.append((name, train))
+        self._judge = None
+        self.info = dataclasses.replace(
+            self.info,
+            classes=len(self._all),
+            tasks=len(self),
+            class_names=tuple(concept["name"] for concept in self._all),
+            words=tuple(concept["placeholder"] for concept in self._all),
+            nouns=tuple(concept["word"] for concept in self._all),
+        )
         return self.info
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._bounds) - 1
 
     def task(self, index: int) -> Task:
-        first = index * self.together
-        last = min(first + self.together, len(self._all))
+        first, last = self._bounds[index : index + 2]
         mine = [{**self._all[place], "joint_prompts": self._joint(place)} for place in range(first, last)]
-        view = Subset(self._train, self._rows[index], self._relabel)
-        phrases = [concept["phrase"] for concept in self._all]
-        drawn = [derived(self._seed, "caption", identity) % len(self.templates) for identity in view.ids.tolist()]  # a few images
-        captions = [self.templates[t].replace("{}", phrases[c]) for t, c in zip(drawn, view.targets.tolist(), strict=True)]
+        place = index - len(self._rows)
+        about = {"concepts": mine, "joint_templates": list(self.joint_prompts)}
         return Task(
             index=index,
-            name=", ".join(concept["name"] for concept in mine),
-            train=_Captioned(view, captions, self.modality),
+            name=", ".join(concept["name"] for concept in mine) if place < 0 else self._taken[place][0],
+            train=_Captioned(self._pictures(index), self),
             classes=tuple(range(first, last)),
             seen=tuple(range(last)),
             labels=tuple(range(first, last)),
             names={place: concept["name"] for place, concept in enumerate(self._all[:last])},
-            about={"concepts": mine, "joint_templates": list(self.joint_prompts), "shots": self.images},
+            about=about | {"shots": self.images} if place < 0 else about,
         )
 
     def test(self, task: Task, after: Task) -> Dataset | None:
@@ -193,8 +226,17 @@ class Concepts(Scenario):
             else:
                 labels = torch.cat([torch.full((len(pictures),), c) for c, pictures in enumerate(real)])
                 encoder = judging.trained(self._classes, torch.cat(real), labels, self.tell)
-            mine = [self._pictures(self._rows[c // self.together], c) for c in range(len(self._all))]
-            self._judge = judging.Judge(encoder, mine, [real[n] for n in range(len(real)) if n not in self._arrival])
+            mine, since = [], []  # the pictures of each concept, and how many concepts there were when it came
+            for index, (first, last) in enumerate(pairwise(self._bounds)):
+                view = self._pictures(index)
+                mine += [self._scaled(view[(view.targets == c).nonzero().squeeze(1)]) for c in range(first, last)]
+                since += [max(last, len(self._arrival))] * (last - first)
+            others = [n for n in range(len(real)) if n not in self._arrival]
+            names = [concept["name"] for concept in self._all]
+            there = torch.tensor(since)[:, None] > torch.arange(len(names))  # what comes later changes no score of what came before
+            differs = torch.tensor([[self._classes[n] != name for n in others] for name in names], dtype=torch.bool)
+            read = torch.tensor([self.by != "own" or name in self._classes for name in names])
+            self._judge = judging.Judge(encoder, mine, [real[n] for n in others], torch.cat([there, differs], dim=1), read)
         return self._judge
 
     def _real_pictures(self) -> list[torch.Tensor]:
@@ -202,8 +244,14 @@ class Concepts(Scenario):
         targets = self._train.targets
         return [self._scaled(self._train[(targets == c).nonzero().squeeze(1)[:JUDGED]]) for c in range(len(self._classes))]
 
-    def _pictures(self, rows: torch.Tensor, concept: int) -> torch.Tensor:
-        return self._scaled(self._train[rows[self._relabel[self._train.targets[rows]] == concept]])
+    def _pictures(self, index: int) -> Dataset:
+        """What a task learns from, without captions."""
+        place = index - len(self._rows)
+        return Subset(self._train, self._rows[index], self._relabel) if place < 0 else self._taken[place][1]
+
+    def caption(self, identity: int, concept: int) -> str:
+        template = self.templates[derived(self._seed, "caption", identity) % len(self.templates)]
+        return template.replace("{}", self._all[concept]["phrase"])
 
     def _scaled(self, batch: Batch) -> torch.Tensor:
         values, high = batch.inputs[self.modality], self.info.modalities[self.modality].high
@@ -219,7 +267,7 @@ class Concepts(Scenario):
 
     def _words(self, place: int, name: str) -> dict[str, Any]:
         """Everything that is said of a concept by itself."""
-        word = self.word[name] if isinstance(self.word, dict) else self.word if self.word is not None else name
+        word = self.word.get(name, name) if isinstance(self.word, dict) else self.word if self.word is not None else name
         token = self.placeholder.replace("{name}", name).replace("{}", str(place + 1))  # whatever other braces it holds
         phrase = f"{token} {word}".strip()
         return {
@@ -239,13 +287,18 @@ class Concepts(Scenario):
 class _Captioned(View):
     """Images with the sentence that describes each."""
 
-    def __init__(self, dataset: Subset, captions: list[str], modality: str) -> None:
+    def __init__(self, dataset: Dataset, stream: Concepts) -> None:
         super().__init__(dataset)
-        self.captions, self.modality = captions, modality
+        self.stream = stream
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return [self.stream.caption(*one) for one in zip(self.ids.tolist(), self.targets.tolist(), strict=True)]  # a few images
 
     def _finish(self, batch: Batch, indices: torch.Tensor) -> Batch:
         captions: list[Any] = [self.captions[place] for place in indices.tolist()]
-        return batch.replace(inputs={self.modality: batch.inputs[self.modality], "text": captions})
+        modality = self.stream.modality
+        return batch.replace(inputs={modality: batch.inputs[modality], "text": captions})
 
 
 def _filled(text: str, phrases: list[str]) -> str:

@@ -11,6 +11,7 @@ Annotations may be made worse, from the seed: `partial: 0.5` hides this share of
 positive label per sample and task and hides everything else (Cole et al., CVPR 2021; what it keeps is right, so it goes with neither of the
 others); `wrong: 0.1` turns this share of the labels round, before any are hidden. They touch the training data only; validation and
 test stay true. A sample of which `partial` hides every label stays in its task without any: `task.unannotated` counts them.
+`task.complete` says that every training sample which carries one of the task's classes is in it, so that the others carry none.
 
 Of what a source says beside its samples (`extra`) nothing is handed on that may tell a label that is not annotated.
 
@@ -96,7 +97,9 @@ class MultiLabel(DividedByClass):
         rows = self._train_of[index]
         own = self._worsened(self._own_labels(rows, index), index)
         train: Dataset = _Annotated(self._train, rows, own, classes[0])
-        about = {"unannotated": int((own == -1).all(dim=1).sum())} if self.partial else {}
+        about: dict[str, Any] = {"complete": self.occurrences == "every"}
+        if self.partial:
+            about["unannotated"] = int((own == -1).all(dim=1).sum())
         validation = None
         if self.validation:
             rows = self._validation_of[index]

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamcl.checkpoint import Checkpoints, fingerprint, tree_bytes
 from streamcl.config import EngineConfig, EvaluateConfig
@@ -27,7 +27,7 @@ from streamcl.errors import ConfigError, DataError, DiskError, Interrupted, Plug
 from streamcl.evaluation import Evaluation
 from streamcl.events import Events, Sink
 from streamcl.nn.backbone import Backbone
-from streamcl.nn.model import Model
+from streamcl.nn.model import GrowingHead, Model
 from streamcl.pictures import Gallery
 from streamcl.plugins import find, package_folder, shown
 from streamcl.preparing import Preparation
@@ -89,7 +89,9 @@ class Engine:
                     f"{' '.join(str(error).split())}. Let model.pretrain.scenario.data, or the run that model.run names, have the same form"
                 ) from None
             model.origin = None
+        trained_before = weights is not None or model.origin is not None
         self.model = Model(model).to(self.device)
+        self.model.trained = trained_before
         if self.processes.world > 1 and self.device.type == "cuda":  # statistics of the whole batch, as on one process
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         elif self.processes.world > 1 and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
@@ -152,7 +154,7 @@ class Engine:
         self.resumed_passes: dict[int, dict[str, list[int]]] = {}
         self.seconds = {"learn": 0.0, "evaluate": 0.0, "checkpoint": 0.0, "total": 0.0}
         self.memory_per_task: list[int] = []
-        self.first_model_bytes = 0
+        self.first_model_bytes = _tensor_bytes(self.model.backbone)  # and the head's of the first task: what a strategy adds is counted
         self.last_checkpoint = (0, time.monotonic())  # step and time
         self.last_path: Path | None = None
         self.last_progress: tuple[int, float] | None = None  # samples and time; None until a task's first batch is through
@@ -300,10 +302,10 @@ class Engine:
                 "offer its memory the same samples in the same order on each of them, or run on one process"
             )
         self._check_finite()
-        if not self.first_model_bytes:
-            self.first_model_bytes = _model_bytes(self.model)
+        if not self.memory_per_task and isinstance(self.model.head, GrowingHead):
+            self.first_model_bytes += _tensor_bytes(self.model.head)
         self.memory_per_task.append(
-            self.memory.nbytes() + tree_bytes(self.strategy.state()) + max(0, _model_bytes(self.model) - self.first_model_bytes)
+            self.memory.nbytes() + tree_bytes(self.strategy.state()) + max(0, _tensor_bytes(self.model) - self.first_model_bytes)
         )
 
     def _score(self, task: Task) -> None:
@@ -715,8 +717,8 @@ def _precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def _model_bytes(model: Model) -> int:
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+def _tensor_bytes(module: nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
 
 
 def _check_exemplars(memory: Memory, strategy: str, classes: int | None) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ from streamcl.writing import write_atomically
 if TYPE_CHECKING:
     from streamcl.engine import Engine
 
-TAKEN = ("class", "labels", "value", "mask")  # the kinds of target that a run may be fed with
+TAKEN = ("class", "labels", "value", "mask")  # the kinds of target that data may be delivered with
+FED = (*TAKEN, "image")  # those of a run that may be fed: pictures are delivered with the class that is a new concept
 FIRST_ID = 2**40  # fed samples are numbered from here, so that ids stay unique over the whole stream
 TEST_ID = FIRST_ID // 2  # within a delivery, a test set that it brings: sources may number theirs from 0 again
 
@@ -51,6 +52,7 @@ class Feed:
     samples: dict[str, int] = field(default_factory=dict)  # train, validation, test
     files: dict[str, list[str]] = field(default_factory=dict)  # data, test
     licence: str = ""  # empty in a record that is older than this field
+    compared: bool = False  # what is painted after every later task is compared with its pictures
 
     @property
     def scored_from(self) -> str:
@@ -62,7 +64,8 @@ class Extended(Scenario):
     """A scenario with the deliveries that came after it. Classes keep their names: a known one is old, any other is new.
 
     A delivery that is not recorded yet is read and checked whole by `open`. A recorded one is read when it is needed, so what was
-    learned long ago may be gone, unless the strategy reads it again.
+    learned long ago may be gone, unless the strategy reads it again. A stream that takes deliveries by itself (`Scenario.take`) makes the
+    tasks of them, and says what is scored.
     """
 
     def __init__(self, first: Scenario, feeds: Sequence[Feed]) -> None:
@@ -73,9 +76,11 @@ class Extended(Scenario):
 
     def open(self, seed: int) -> StreamInfo:
         self.seed, self.info = seed, self.first.open(seed)
-        if self.info.target not in TAKEN or type(self.first).__iter__ is not Scenario.__iter__:
+        wanted = self.first.takes()
+        self.takes_itself, self.wanted = wanted is not None, self.info if wanted is None else wanted
+        if self.wanted.target not in TAKEN or type(self.first).__iter__ is not Scenario.__iter__:
             raise ConfigError(
-                f"a run can be fed when it learns {', '.join(TAKEN)} and its tasks can be read at any time; this one's cannot"
+                f"a run can be fed when it learns {', '.join(FED)} and its tasks can be read at any time; this one's cannot"
             )
         last = self.first.task(self.start - 1)
         self._names = [last.names.get(label, str(label)) for label in sorted(last.seen)]
@@ -85,6 +90,9 @@ class Extended(Scenario):
             if fresh:
                 data = self._source(feed, "data")
                 feed = self.feeds[place] = dataclasses.replace(feed, classes=_occurring(data, feed), licence=data.licence)
+            if self.takes_itself:
+                count = len(data.train) if fresh else feed.samples["train"]
+                self.info = self.first.take(feed.name, feed.classes, Deferred(count, partial(self._part, place, "train")))
             new = [name for name in feed.classes if name not in self._names]
             if new and self.info.target == "mask":
                 raise DataError(f"{feed.name} has pixels of {new[0]!r}, and this run's masks are of {', '.join(self._names)}")
@@ -106,7 +114,7 @@ class Extended(Scenario):
 
     def task(self, index: int) -> Task:
         place = index - self.start
-        if place < 0:
+        if place < 0 or self.takes_itself:
             return self.first.task(index)
         feed, numbers = self.feeds[place], self._numbers(place)
         known, reached = self._reached[place : place + 2]
@@ -127,9 +135,13 @@ class Extended(Scenario):
 
     def test(self, task: Task, after: Task) -> Dataset | None:
         place = task.index - self.start
-        if place < 0:
+        if place < 0 or self.takes_itself:
             return self.first.test(task, after)
         return self._part(place, "test") if self.feeds[place].samples["test"] else None
+
+    def judge(self) -> Any:
+        self.first.tell = self.tell
+        return self.first.judge()
 
     def files(self) -> list[str]:
         return [*self.first.files(), *(file for feed in self.feeds for files in feed.files.values() for file in files)]
@@ -142,7 +154,7 @@ class Extended(Scenario):
 
     def _source(self, feed: Feed, which: str) -> SourceData:
         data = _built(feed, which).load()
-        check_fit(data, self.info, feed.name if which == "data" else f"the test data of {feed.name}")
+        check_fit(data, self.wanted, feed.name if which == "data" else f"the test data of {feed.name}")
         return data
 
     def _part(self, place: int, part: str) -> Dataset:
@@ -174,7 +186,7 @@ class Extended(Scenario):
                 raise DataError(f"the test data of {feed.name} holds no sample")
             return {"test": delivered(test, torch.arange(len(test)), first_id + TEST_ID)}
         rows, parts = torch.arange(len(data.train)), {}
-        if data.test is not None and len(data.test):
+        if data.test is not None and len(data.test) and not self.takes_itself:
             if feed.test is not None or feed.holdout:
                 raise ConfigError(f"{feed.name} has a test part of its own: leave out {'--test' if feed.test is not None else '--holdout'}")
             parts["test"] = delivered(data.test, torch.arange(len(data.test)), first_id + TEST_ID)
@@ -196,7 +208,7 @@ class Extended(Scenario):
         like = self.first.task(0).train[torch.tensor([0])]
         for part, dataset in parts.items():
             where = feed.name if part == "train" else f"the {part} data of {feed.name}"
-            check_whole(dataset, self.info, where)
+            check_whole(dataset, self.wanted, where)
             for name, values in dataset[torch.tensor([0])].inputs.items():
                 expected = like.inputs[name]
                 if isinstance(values, Tensor) and isinstance(expected, Tensor) and values.dtype != expected.dtype:
@@ -205,8 +217,11 @@ class Extended(Scenario):
         if len(ids.unique()) < len(ids) or int(ids.min()) < 0 or int(ids.max()) >= FIRST_ID:
             raise DataError(f"{feed.name}: the ids of its samples must all differ, and be from 0 to below 2**39")
         samples = {part: len(parts[part]) if part in parts else 0 for part in ("train", "validation", "test")}
+        if self.takes_itself:
+            task = self.first.task(feed.index)
+            samples["test"] = len(self.first.test(task, task) or ())
         files = {which: _built(feed, which).files() for which in ("data", "test") if which == "data" or feed.test is not None}
-        return dataclasses.replace(feed, samples=samples, files=files)
+        return dataclasses.replace(feed, samples=samples, files=files, compared=self.takes_itself and samples["test"] > 0)
 
 
 def _built(feed: Feed, which: str) -> Source:
@@ -374,6 +389,8 @@ def advice_without(run: Path, file: str, learned: int) -> str | None:
     advice: str | None = "put it back"
     for number, feed in enumerate(read_feeds(run), 1):
         used_as = [which for which, files in feed.files.items() if file in files]
+        if used_as and feed.compared:
+            return f"put it back: what is painted of task {feed.index + 1} ({feed.name}) is compared with its pictures"
         if feed.scored_from in used_as:
             record = record_of(run, number)
             return (
@@ -436,12 +453,18 @@ def feed(
         stream = folder.read("info.json")["stream"]
         if stream["test_time"]:
             raise ConfigError(f"{folder.path} serves a test-time stream and learns from no labels: nothing can be fed to it")
-        if stream["target"] not in TAKEN:
-            raise ConfigError(f"{folder.path} learns {stream['target']}, and only a run that learns {', '.join(TAKEN)} can be fed")
+        if stream["target"] not in FED:
+            raise ConfigError(f"{folder.path} learns {stream['target']}, and only a run that learns {', '.join(FED)} can be fed")
+        painted = stream["target"] == "image"
+        if painted and (test is not None or holdout):
+            raise ConfigError(
+                f"{folder.path} paints pictures, and what is scored are the prompts of its concepts: leave out "
+                f"{'--holdout' if test is None else '--test'}"
+            )
         given = source_mapping(data)
         title = name or Path(str(given.get("path", given["name"]))).stem
         new = Feed(status["cursor"]["tasks_done"], title, given, None if test is None else source_mapping(test), holdout)
-        known, whole = known_as(folder, new)
+        known, whole = ("", False) if painted else known_as(folder, new)  # there, no concept is learned twice
         if known and whole and not again:
             raise RunError(
                 f"{title} is in the run already, as {known}: fed again, what was held out of it for scoring would be learned. "
@@ -452,7 +475,7 @@ def feed(
             what = title if whole else f"a part of {title}"
             engine.notes.append(f"{what} was in the run already, as {known}: what was held out of it for scoring may now be learned")
         assert isinstance(engine.scenario, Extended)
-        if not engine.scenario.feeds[-1].scored_from:
+        if not painted and not engine.scenario.feeds[-1].scored_from:
             engine.notes.append(f"{title} has no test part: nothing is scored of it (--test DATA or --holdout 0.1 would give it one)")
         return _learn(folder, engine, status)
     finally:

@@ -42,14 +42,25 @@ class Judge:
     """An encoder, and the real pictures that painted ones are compared with.
 
     `references` are the pictures of each concept, in the order of its number; `others` those of further classes, one tensor for each.
+    `rivals` says which of all these a picture of each concept may be taken for  # (concepts, concepts and other classes); `read` of which
+    concepts the encoder knows the name  # (concepts,). Without them it is all.
     """
 
-    def __init__(self, encoder: Encoder, references: Sequence[Tensor], others: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        references: Sequence[Tensor],
+        others: Sequence[Tensor] = (),
+        rivals: Tensor | None = None,
+        read: Tensor | None = None,
+    ) -> None:
         self.encoder = encoder
         means = [encoder.pictures(pictures).mean(dim=0) for pictures in (*references, *others)]
         self.means = torch.stack(means)  # (concepts and other classes, dim): a cosine with all of a class's pictures, averaged
         self.prototypes = normalize(self.means, dim=1)
         self.references, self.concepts = list(references), len(references)
+        self.rivals = torch.ones(self.concepts, len(means), dtype=torch.bool) if rivals is None else rivals
+        self.read = torch.ones(self.concepts, dtype=torch.bool) if read is None else read
         self._joint: dict[tuple[int, int], Tensor] = {}
 
     def joint(self, one: int, other: int) -> Tensor:

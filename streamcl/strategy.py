@@ -380,17 +380,17 @@ class GradientStrategy(Strategy):
 
     @torch.no_grad()
     def validate(self, data: Dataset) -> float:
-        """What early stopping watches, higher is better: the head's accuracy, or minus the mean loss where there are no classes."""
+        """What early stopping watches, higher is better: the accuracy of the logits, or minus the mean loss where there are no classes."""
         right = 0.0
         with self.model.evaluating(), self.context.autocast():
             for raw in data.batches(512):
                 batch = self.context.prepare(raw, train=False)
-                answer, target = self.model(batch), batch.target
+                answer, target = self.forward(batch), batch.target
                 assert target is not None
                 if self.info.target == "class":
                     right += int((answer.argmax(dim=1) == target).sum())
                 else:
-                    right -= float(CRITERIA[self.info.target](answer, target)) * len(batch)
+                    right -= float(self.criterion(answer, target)) * len(batch)
         return right / max(1, len(data))
 
     # -- state ------------------------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ class Best:
     """Early stopping: the weights of the epoch with the best validation accuracy, and how long ago that was."""
 
     def __init__(self, patience: int | None) -> None:
-        self.patience, self.accuracy, self.waited = patience, -1.0, 0
+        self.patience, self.accuracy, self.waited = patience, -math.inf, 0
         self.weights: dict[str, Tensor] = {}
 
     @property
@@ -450,10 +450,12 @@ class Best:
             model.load_state_dict(self.weights)
 
     def state(self) -> dict[str, Any]:
-        return {"accuracy": self.accuracy, "waited": self.waited, "weights": self.weights}
+        accuracy = self.accuracy if math.isfinite(self.accuracy) else None
+        return {"accuracy": accuracy, "waited": self.waited, "weights": self.weights}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.accuracy, self.waited, self.weights = float(state["accuracy"]), int(state["waited"]), dict(state["weights"])
+        self.accuracy = -math.inf if state["accuracy"] is None else float(state["accuracy"])
+        self.waited, self.weights = int(state["waited"]), dict(state["weights"])
 
 
 def no_loss(strategy: GradientStrategy, returned: Any) -> PluginError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -375,6 +375,18 @@ class Scenario(ABC):
     def judge(self) -> Any:
         """Who scores pictures that are painted (streamcl.judging.Judge), made when it is first asked for; None of other streams."""
         return None
+
+    def takes(self) -> StreamInfo | None:
+        """What delivered data must be like, of an open stream that makes tasks of it by itself (`take`); None of any other."""
+        return None
+
+    def take(self, name: str, classes: Sequence[str], train: Dataset) -> StreamInfo:
+        """Let delivered samples of these classes be one more task, and say what is known of the stream now.
+
+        Their ids are the run's own, and their targets number the classes on from those before, in this order. They are read when they
+        are needed. Classes that the stream has already may be refused with a DataError.
+        """
+        raise TypeError("this stream takes no deliveries")
 
     def files(self) -> list[str]:
         """The local files and folders behind the stream."""

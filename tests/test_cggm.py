@@ -25,14 +25,14 @@ PLAIN: dict[str, Any] = {"epochs": 1, "batch": 64, "optimizer": {"lr": 0.05}, "s
 
 def carried(*terms: Any, tasks: int = 2, backbone: Any = None, strategy: str = "finetune", scenario: Any = None, **options: Any) -> Engine:
     """Fine-tuning with the terms, on digits that are seen and heard."""
-    data = make("source", "digits_av", samples=300, test_samples=60, seconds=0.05)
+    data = make("source", "digits_av", samples=120, test_samples=20, seconds=0.05)
     stream = make("scenario", "class_incremental", data=data, tasks=tasks) if scenario is None else scenario
     learner = make("strategy", strategy, with_=terms, **{**PLAIN, **options})
     return Engine(stream, learner, backbone or make("backbone", "fusion", width=8), make("memory", "faiss", exemplars=40), engine=CPU)
 
 
 def shapes(target: str, missing: Any = None, **options: Any) -> Any:
-    data = make("source", "shapes", target=target, samples=80, test_samples=40, size=16, seconds=0.05, **options)
+    data = make("source", "shapes", target=target, samples=80, test_samples=20, size=16, seconds=0.05, **options)
     if missing is not None:
         return make("scenario", "missing_modality", data=data, missing=missing)
     return make("scenario", "domain_incremental", data=data, by="domain")
@@ -231,8 +231,9 @@ def test_samples_that_lack_a_modality_are_not_counted_for_it(target: str) -> Non
 def test_a_run_that_stops_within_a_task_goes_on_bit_for_bit(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strategy = {"name": "finetune", "epochs": 2, "batch": 32, "clip": 0.8, "accumulate": 2, "with": [{"name": "cggm", **options}]}
-    config = small_run("cggm", strategy=strategy)
+    strategy = {"name": "finetune", "epochs": 2, "batch": 16, "clip": 0.8, "accumulate": 2, "with": [{"name": "cggm", **options}]}
+    data = {"name": "digits_av", "samples": 160, "test_samples": 20, "seconds": 0.05}
+    config = small_run("cggm", strategy=strategy, scenario={"data": data, "tasks": 2})
     whole_run = running.run(config, out=tmp_path / "whole")
     assert comparable(stopped_and_resumed(config, tmp_path / "stopped", monkeypatch, 14)) == comparable(whole_run)
 

@@ -133,7 +133,7 @@ def test_values_are_fed_and_scored(tmp_path: Path) -> None:
     [
         (np.full((4, 2), 2), "labels", r"y.npz, row 0: a label is not 1, 0 or -1 \(and 3 more such\)"),
         (np.zeros(4), "labels", "whole numbers, a column per class, are needed"),
-        (np.array([0.0, np.nan, 1.0, 2.0]), "value", "row 1: a value is NaN or infinite"),
+        (np.array([0.0, np.nan, 1.0, 2.0]), "value", "row 1: a value is NaN, infinite or too large"),
         (np.array(list("abcd")), "value", "numbers, one or several per row, are needed"),
         (np.zeros((4, 2), int), "class", "must hold one whole number or text per row.*`as: labels`"),
     ],

@@ -163,7 +163,7 @@ def test_the_threshold_is_stepped_to_the_number_of_labels_that_a_sample_should_h
             last.bias.copy_((last.bias - scores.mean(0)) * 3 / scores.std(0))
         strategy, task = run.strategy, begun(run)
         with torch.no_grad():
-            p = strategy.teacher(prepared(run, whole(task.train))).sigmoid().double()
+            p = strategy.teacher(prepared(run, whole(task.train))).double().sigmoid()
         assert p.shape[1] == 2
         wanted, eta = cardinality * 2 / 10, 0.8
         for _ in range(100):
@@ -173,6 +173,23 @@ def test_the_threshold_is_stepped_to_the_number_of_labels_that_a_sample_should_h
             eta = min(eta + 0.005, 0.999999) if m > wanted else max(eta - 0.005, 1e-4)
         assert abs((p > eta).sum(dim=1).double().mean().item() - wanted) <= 0.1
         assert strategy.eta == pytest.approx(eta, abs=1e-9)
+
+
+def test_half_precision_labels_what_the_threshold_was_tuned_on() -> None:
+    """0.9985 is 1 in bfloat16, and so is every probability above it: the comparison is made in double precision."""
+    run = after(2, threshold=0.9985)
+    with torch.no_grad():
+        for session in run.strategy.teacher.head.sessions:
+            session[1].bias += 8
+    batch = prepared(run, whole(run.task.train))
+    seen: list[torch.Tensor] = []
+    run.strategy.criterion = lambda logits, target: seen.append(target) or logits.sum()  # type: ignore[func-returns-value]
+    run.context.precision = "bfloat16"
+    with run.context.autocast():
+        run.strategy.loss(batch)
+        with torch.no_grad():
+            p = run.strategy.teacher(batch).double().sigmoid()
+    assert torch.equal(seen[0][:, :4] == 1, p > 0.9985) and bool((p > 0.9985).any())
 
 
 def test_a_prior_that_no_threshold_meets_is_told_and_the_nearest_one_kept() -> None:

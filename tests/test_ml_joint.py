@@ -44,6 +44,21 @@ def test_what_nobody_said_stays_unsaid_where_samples_come_once() -> None:
     assert dict(zip(batch.ids.tolist(), batch.target.tolist(), strict=True)) == dict(enumerate(labels))
 
 
+def test_a_task_that_does_not_say_that_it_is_complete_tells_nothing_of_the_other_samples() -> None:
+    labels = [[1, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 1]]
+    stream = opened(SCENARIO, Toy(labels, target="labels"), increment=2)
+    tasks = list(stream)
+    assert all(task.complete for task in tasks)
+    tasks[1].about["complete"] = False  # as one that was fed
+    run = scenes(make("strategy", "ml_joint", epochs=1))
+    run.context.earlier = [tasks[0]]
+    batch = whole(run.strategy.training_data(tasks[1]))
+    said = dict(zip(batch.ids.tolist(), batch.target.tolist(), strict=True))
+    assert said == {0: [1, 1, -1, -1], 1: [-1, -1, 1, 0], 2: [0, 1, 0, 1], 3: [-1, -1, 0, 1]}
+    once = opened(SCENARIO, Toy(labels, target="labels"), increment=2, occurrences="once")
+    assert not any(task.complete for task in once)
+
+
 def test_hidden_labels_stay_hidden() -> None:
     run = scenes(make("strategy", "ml_joint", epochs=1, batch=64), partial=0.5)
     learn(run, 1)

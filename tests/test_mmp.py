@@ -156,3 +156,13 @@ def test_the_model_s_prompts_are_part_of_its_state() -> None:
     prompts.cases.data.normal_()
     twin.restore(model.state())
     assert torch.equal(twin.prompts.cases, prompts.cases) and torch.equal(twin.features(batch()), model.features(batch()))
+
+
+def test_prompts_and_classifier_count_as_memory_from_the_first_task_on_and_an_untrained_transformer_is_told() -> None:
+    run = run_of(mmp(epochs=1), missing=MISSING)
+    told: list[str] = []
+    run.events.warn = told.append  # type: ignore[method-assign]
+    learn(run, 1)
+    added = sum(value.numel() * value.element_size() for value in run.model.prompts.state_dict().values())
+    assert run.memory_per_task[0] >= added > 0
+    assert len(told) == 1 and "nothing has trained this one" in told[0]

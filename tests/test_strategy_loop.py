@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from streamcl import running
 from streamcl.config import EngineConfig, EvaluateConfig
+from streamcl.data import ArrayDataset
 from streamcl.engine import Engine
 from streamcl.errors import PluginError
 from streamcl.events import Event, Events, Sink
@@ -21,7 +22,7 @@ from streamcl.options import Optimizer, Schedule
 from streamcl.plugins import find
 from streamcl.seeding import generator
 from streamcl.strategy import GradientStrategy, Term, learning_rate_factor, make_optimizer
-from streamcl.stream import Batch, Task
+from streamcl.stream import Batch, Modality, Source, SourceData, Task
 
 
 class Plain(GradientStrategy):
@@ -186,6 +187,29 @@ def test_early_stopping_keeps_the_best_weights() -> None:
     learn(run, 1)
     assert len(kept) == 4  # the best was the second; two worse ones ended it
     assert all(torch.equal(value, kept[1][name]) for name, value in run.model.state_dict().items())
+
+
+def test_early_stopping_goes_by_losses_of_any_size() -> None:
+    """Values in the hundreds: the loss is far above 1 for all the epochs in which there is something to learn."""
+    kept: list[float] = []
+
+    class Watched(Plain):
+        def validate(self, data: Any) -> float:
+            kept.append(super().validate(data))
+            return kept[-1]
+
+    class Tall(Source):
+        def load(self) -> SourceData:
+            x = torch.rand(120, 4, generator=torch.Generator().manual_seed(0))
+            data = ArrayDataset({"vector": x}, 300 + 100 * x[:, 0])
+            return SourceData(data, data, [], {"vector": Modality("vector", (4,))}, target="value")
+
+    stream = make("scenario", "missing_modality", data=Tall(), missing=[{}], validation=0.2)
+    strategy = Watched(epochs=12, batch=16, patience=2, optimizer={"lr": 1e-3})
+    run = Engine(stream, strategy, make("backbone", "identity"), engine=EngineConfig(device="cpu"))
+    learn(run, 1)
+    assert len(kept) == 12 and kept == sorted(kept) and kept[0] < -1000
+    assert strategy.validate(run.tasks[0].validation) == kept[-1]
 
 
 def test_bfloat16_learns_and_leaves_the_weights_in_float32() -> None:

@@ -91,6 +91,17 @@ def test_the_base_session_trains_a_cosine_head_and_nothing_is_trained_after_it()
     assert run.context.samples == 3 * len(task.train) + len(task.train) + 10
 
 
+def test_early_stopping_watches_the_cosines_that_predict() -> None:
+    run = running.build(from_mapping(small_run("proto", scenario=FEW_SHOT, strategy={"epochs": 20}, log=[])), None)
+    run._learn(run._next_task())
+    data = run.tasks[0].train
+    before = run.strategy.validate(data)
+    with torch.no_grad():
+        run.model.head.weight[0] *= 3  # no cosine changes
+        run.model.head.bias[1] += 100
+    assert run.strategy.validate(data) == before > 0.5
+
+
 def test_teen_without_calibration_is_the_prototypes_bit_for_bit() -> None:
     plain, none = few_shot("proto"), few_shot("teen", alpha=0.0)
     assert torch.equal(plain._predict(questions(plain)).scores, none._predict(questions(none)).scores)

@@ -31,6 +31,7 @@ from streamcl.stream import Column, SourceData
 
 from ._records import Place, Records, RecordSource, column_named, refuse_rows
 
+_OTHER_PARTS = re.compile(r"(?<![a-z])(test|val|valid|validation)(?![a-z])", re.IGNORECASE)
 _KINDS = ("image", "audio", "vector", "text")
 
 
@@ -86,6 +87,11 @@ class Arrays(RecordSource):
         width = train.targets.shape[1] if train.targets.dim() == 2 else 1
         if test is not None and test.targets is not None and test.targets.shape[1:] != train.targets.shape[1:]:
             raise DataError(f"{place}: {self.target!r} has {width} columns, and that of the test set another number")
+        if not width:
+            raise DataError(f"{place}: {self.target!r} has no column")
+        if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
+            twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
+            raise DataError(f"{place}: class_names names {twice!r} twice")
         if self.class_names is not None and len(self.class_names) != width:
             raise DataError(f"{place}: {self.target!r} has {width} columns, and there are {len(self.class_names)} class_names")
         return self.class_names or ([str(column) for column in range(width)] if self.kind == "labels" else [])
@@ -95,7 +101,7 @@ class Arrays(RecordSource):
         column_named(self.target, list(arrays), str(place), "target")
         if self.inputs is not None:
             return {modality: column_named(name, list(arrays), str(place), f"inputs: {modality}") for modality, name in self.inputs.items()}
-        left = [name for name in arrays if name != self.target and "test" not in name and "val" not in name]
+        left = [name for name in arrays if name != self.target and not _OTHER_PARTS.search(name)]
         if len(left) != 1:
             raise ConfigError(
                 f"{place}: beside the target {self.target!r} there are {', '.join(left) or 'no arrays'}: say which are the `inputs`"
@@ -143,8 +149,11 @@ class Arrays(RecordSource):
             return torch.from_numpy(values.astype(np.int8))
         if values.ndim not in (1, 2) or values.dtype.kind not in "iuf":
             raise DataError(f"{what} has the shape {values.shape} and type {values.dtype}: numbers, one or several per row, are needed")
-        refuse_rows(np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1)), where, "a value is NaN or infinite")
-        return torch.from_numpy(values.astype(np.float32))
+        with np.errstate(over="ignore"):
+            single = values.astype(np.float32)
+        wrong = np.flatnonzero(~np.isfinite(single.reshape(len(single), -1)).all(axis=1))
+        refuse_rows(wrong, where, "a value is NaN, infinite or too large")
+        return torch.from_numpy(single)
 
     def _column(self, values: np.ndarray, kind: str, where: Place, what: str) -> Column:
         if (kind == "text") != (values.dtype.kind == "U"):

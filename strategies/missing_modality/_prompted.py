@@ -10,7 +10,7 @@ from streamcl.context import Context
 from streamcl.errors import ConfigError, DataError
 from streamcl.nn.prompts import Promptable, Prompts, presence
 from streamcl.strategy import GradientStrategy
-from streamcl.stream import Batch, StreamInfo
+from streamcl.stream import Batch, StreamInfo, Task
 
 
 class Prompted(GradientStrategy):
@@ -40,6 +40,13 @@ class Prompted(GradientStrategy):
     def opened(self, transformer: Promptable) -> list[nn.Parameter]:
         """What of the transformer learns with the prompts."""
         return []
+
+    def before_task(self, task: Task) -> None:
+        if task.index == 0 and not self.model.trained:
+            self.context.events.warn(
+                f"{self.name} learns prompts for a transformer that stays as it is, and nothing has trained this one: let model.pretrain "
+                "train it, or start from a run (model.run) or from weights by name"
+            )
 
     def training_mode(self) -> None:
         self.model.train()

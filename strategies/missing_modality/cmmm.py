@@ -83,6 +83,7 @@ class CMMM(Prompted):
         self.prompts.begin(task.index)
 
     def before_task(self, task: Task) -> None:
+        super().before_task(task)
         self.prompts.add(task.index)
         self.prompts.begin(task.index)
         self.before_drift = self.prompts.shared()

@@ -13,7 +13,9 @@ The released code knows image and text and three cases; here M modalities have 2
 code that the scenario writes (0 is complete, bit i the i-th modality in alphabetical order). As there, all rows are zero but one of ones:
 row 0 for complete, 1 for image missing, 2 for text missing, so the row of a case is its code modulo the length (of either half with
 `attention`). A sample without anything is refused in training; in serving it takes the last case. Defaults are the released ones: length
-16, the first 6 layers, AdamW at 1e-2 with weight decay 2e-2, batches of 256, 20 epochs, a tenth of warm-up, then linearly to 0.
+16, the first 6 layers, AdamW at 1e-2 with weight decay 2e-2, batches of 256, 20 epochs, a tenth of warm-up, then linearly to 0. Two
+things differ: the rate changes by epochs and not by steps, and biases and norms decay like everything else; a ViLT reads the 40 tokens
+of text that it was trained with, where the release stretches its table of places to hundreds.
 
 Evidence: small real data
 """

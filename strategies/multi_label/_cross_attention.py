@@ -93,6 +93,11 @@ class CrossAttention(nn.Module):
         self.sessions.append(nn.Sequential(nn.LayerNorm(self.dim), nn.Linear(self.dim, more)).to(self.transfer.device))
         self.train(self.training)
 
+    def hold(self, all_sessions: bool) -> None:
+        """Freeze the newest session as well, for a task that brings no class, or let it learn."""
+        for part in (*self.retention[-1:], *self.sessions[-1:]):
+            part.requires_grad_(not all_sessions)
+
     def divide(self, sizes: Sequence[int]) -> None:
         """Take this shape: a session of each of these sizes."""
         if self.sizes != list(sizes):

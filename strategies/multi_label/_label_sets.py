@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,28 +60,24 @@ def widened(target: Tensor, classes: int, value: int = -1) -> Tensor:
     return pad(target, (0, classes - target.shape[1]), value=value) if target.shape[1] < classes else target
 
 
-def together(datasets: list[Dataset], classes: int, absent: int) -> tuple[Tensor, Tensor]:
+def together(datasets: list[Dataset], classes: int, complete: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """Where each sample of data sets one after another comes first, and all that any of them says of its labels  # (samples, classes)
 
-    A column that none of them annotates is `absent`.
+    What a data set annotates is 0 for the samples that are not in it, but in others, where both are `complete`: then it holds every
+    sample that carries one of its classes.
     """
     ids = torch.cat([data.ids for data in datasets])
     targets = torch.cat([widened(data.targets, classes) for data in datasets])
     distinct, of = ids.unique(return_inverse=True)
     said = targets.new_full((len(distinct), classes), -1)
     said = said.scatter_reduce(0, of[:, None].expand_as(targets), targets, "amax")
+    whole = [data for data, is_complete in zip(datasets, complete, strict=True) if is_complete]
+    anywhere = torch.isin(distinct, torch.cat([data.ids for data in whole])) if whole else torch.zeros_like(distinct, dtype=torch.bool)
+    for data in whole:
+        columns = (data.targets >= 0).any(dim=0).nonzero().squeeze(1)
+        rows = (anywhere & ~torch.isin(distinct, data.ids)).nonzero().squeeze(1)
+        block = said[rows[:, None], columns]
+        said[rows[:, None], columns] = torch.where(block == -1, 0, block)
     first = torch.full((len(distinct),), len(ids)).scatter_reduce(0, of, torch.arange(len(ids)), "amin")
     order = first.argsort()
-    said = said[order]
-    return first[order], said if absent == -1 else fill_unsaid(said, datasets, distinct[order], absent)
-
-
-def fill_unsaid(said: Tensor, datasets: list[Dataset], ids: Tensor, absent: int) -> Tensor:
-    """`absent` in the columns of every data set that a sample is not in."""
-    filled = said.clone()
-    for data in datasets:
-        columns = (data.targets >= 0).any(dim=0).nonzero().squeeze(1)
-        rows = (~torch.isin(ids, data.ids)).nonzero().squeeze(1)
-        block = filled[rows[:, None], columns]
-        filled[rows[:, None], columns] = torch.where(block == -1, absent, block)
-    return filled
+    return first[order], said[order]

@@ -131,6 +131,8 @@ class KRT(LabelSets):
         super().enter_task(task)
         self.known = len(task.seen) - len(task.classes)
         self.balance = math.sqrt(len(task.seen) / max(1, len(task.classes)))
+        if isinstance(self.model.head, CrossAttention):
+            self.model.head.hold(all_sessions=not task.classes)
 
     def before_task(self, task: Task) -> None:
         if self.threshold == "dynamic" and self.chance is None:
@@ -160,7 +162,7 @@ class KRT(LabelSets):
                 old = self.teacher.head.classify(before)
             else:
                 old = self.teacher.head(before)
-        loss = self.criterion(logits, self.restored(target, old.sigmoid()))
+        loss = self.criterion(logits, self.restored(target, old.double().sigmoid()))
         if self.attention and self.token_weight:
             drift = 1 - cosine_similarity(embeddings[:, : before.shape[1]].flatten(1), before.flatten(1))  # (batch,)
             loss = loss + self.token_weight * self.balance * drift.mean()
@@ -185,7 +187,7 @@ class KRT(LabelSets):
         thresholds = candidates.to(context.device)
         for raw in context.batches(data, self.batch, name="threshold", shuffle=False):
             with context.autocast():
-                found = self.teacher(context.prepare(raw)).sigmoid().double().flatten()
+                found = self.teacher(context.prepare(raw)).double().sigmoid().flatten()
             places = torch.searchsorted(thresholds, found)  # how many candidates each probability is above
             counts = torch.bincount(places, minlength=len(thresholds) + 1).to(self.above)
             self.above += counts.flip(0).cumsum(0).flip(0)[1:]
@@ -232,7 +234,8 @@ class KRT(LabelSets):
         data = exemplars.dataset()
         labels = whole(data).extra[COLUMN]
         assert isinstance(labels, Tensor)
-        own = torch.zeros(len(data), len(task.classes), dtype=labels.dtype)
+        absent = 0 if task.about.get("complete", False) else -1
+        own = torch.full((len(data), len(task.classes)), absent, dtype=labels.dtype)
         order = task.train.ids.argsort()
         rows = order[torch.searchsorted(task.train.ids[order], data.ids).clamp(max=len(order) - 1)]
         came = task.train.ids[rows] == data.ids

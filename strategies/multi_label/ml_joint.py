@@ -2,7 +2,8 @@
 
 The upper bound of multi-label streams. A sample that came in several tasks is learned once, with its labels of all of them. It comes in
 every task for which it carries a class, so of the classes of a task that it did not come in it carries none: with `complete` these labels
-are 0, which makes the truth whole. Where a sample comes once only (`scenario.occurrences: once`) that does not follow: set it to false.
+are 0, which makes the truth whole. Where the stream does not say so of a task (samples that come once, `scenario.occurrences: once`, and
+what was fed later) they stay unannotated.
 
 It reads earlier tasks again from the stream, which no continual learner may; that data is not counted as its memory. Settings as in `krt`.
 
@@ -41,5 +42,6 @@ class MLJoint(LabelSets):
 
     def training_data(self, task: Task) -> Dataset:
         parts = [*(earlier.train for earlier in self.context.earlier), task.train]
-        rows, labels = together(parts, max(task.seen) + 1, absent=0 if self.complete else -1)
+        complete = [self.complete and one.about.get("complete", False) for one in (*self.context.earlier, task)]
+        rows, labels = together(parts, max(task.seen) + 1, complete)
         return Subset(Joined(parts), rows, targets=labels)

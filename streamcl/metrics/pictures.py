@@ -1,7 +1,7 @@
 """Painted pictures: how well they fit the prompt, how much they look like the concept, and which concept they are taken for.
 
 What counts is one picture for each prompt; the features are the judge's (streamcl/judging.py), of length 1. Prompts that name two concepts
-are counted apart, by the metrics whose names begin with joint.
+are counted apart, by the metrics whose names begin with joint. What names a concept that the judge cannot read is not counted as text.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ class _OfPictures(torchmetrics.Metric):
         named = answer.batch.extra.get("named")
         if not isinstance(named, Tensor):
             raise DataError("a prompt of this stream does not say which concepts it names (extra['named'])")
-        rows = (named == 1).sum(dim=1) == self.named
+        rows = self.counted(named == 1)
         if not bool(rows.any()):
             return
         which = (named[rows] == 1).double().cpu()  # (pictures, concepts)
         values = self.value(answer.embeddings["image"][rows], answer.embeddings["text"][rows], which).double()
         self.sums += torch.stack([values @ which, which.sum(dim=0)]).to(self.sums.device)
         self.whole += torch.stack([values.sum(), torch.tensor(float(len(values)), dtype=torch.float64)]).to(self.whole.device)
+
+    def counted(self, named: Tensor) -> Tensor:
+        """Which prompts, by the concepts that each names  # (prompts,)"""
+        return named.sum(dim=1) == self.named
 
     @abstractmethod
     def value(self, pictures: Tensor, texts: Tensor, which: Tensor) -> Tensor:
@@ -62,15 +66,20 @@ class ImageAlignment(_OfPictures):
 class TextAlignment(_OfPictures):
     """CLIPScore: 2.5 max(cosine with the prompt, 0), the placeholder being said in words that the judge knows."""
 
+    def counted(self, named: Tensor) -> Tensor:
+        return super().counted(named) & ~(named & ~self._judge.read.to(named.device)).any(dim=1)
+
     def value(self, pictures: Tensor, texts: Tensor, which: Tensor) -> Tensor:
         return 2.5 * (pictures * texts).sum(dim=1).clamp(min=0)
 
 
 class Recognised(_OfPictures):
-    """The share of pictures whose nearest class, among all that the judge has real pictures of, is the concept."""
+    """The share of pictures whose nearest class, among all that the judge had real pictures of when the concept came, is the concept."""
 
     def value(self, pictures: Tensor, texts: Tensor, which: Tensor) -> Tensor:
-        return ((pictures @ self._judge.prototypes.T).argmax(dim=1) == which.argmax(dim=1)).double()
+        concept = which.argmax(dim=1)
+        near = (pictures @ self._judge.prototypes.T).masked_fill(~self._judge.rivals[concept], -torch.inf)
+        return (near.argmax(dim=1) == concept).double()
 
 
 class Confusion(_OfPictures):

@@ -70,6 +70,7 @@ class Model(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.prompts: Prompts | None = None
+        self.trained = False  # whether the backbone began with weights that something had trained
         self.head = GrowingHead(backbone.dim)
         self._named: dict[str, Tensor] = {}  # fingerprints of the weights that a named source gave
         self.remember()

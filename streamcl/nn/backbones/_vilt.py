@@ -73,4 +73,4 @@ class Vilt(Promptable):
         return [] if self.net.pooler is None else list(self.net.pooler.parameters())
 
     def projections(self) -> list[nn.Parameter]:
-        return [*self.net.embeddings.patch_embeddings.parameters(), *self.net.embeddings.text_embeddings.parameters()]
+        return list(self.net.embeddings.patch_embeddings.parameters())  # words have a table, no projection
