@@ -53,8 +53,8 @@ def gradients(run: Engine) -> dict[str, Tensor]:
 
 
 def learned(*terms: Any, tasks: int = 2, **options: Any) -> list[Tensor]:
-    """The weights after the first tasks."""
-    run = carried(*terms, **options)
+    """The weights after the first tasks, of several batches each."""
+    run = carried(*terms, batch=16, **options)
     learn(run, tasks)
     return [p.detach() for p in run.model.parameters()]
 

@@ -58,7 +58,7 @@ def test_show_names_every_option_with_its_default_and_how_far_the_evidence_goes(
     plugin = find(kind, name)
     told = show(name, kind)
     assert plugin.doc.splitlines()[0] in told and "Evidence: " in told
-    lines = [line for line in told.partition("\noptions\n")[2].splitlines() if line.strip()]
+    lines = [line for line in told[told.index("\noptions") :].splitlines() if line.strip()]
     rows = {line.split()[0]: line for line in lines if not line.startswith("   ")}  # what is indented more belongs to an option
     for key, option in plugin.options.items():
         assert key in rows, f"{key} is not shown"

@@ -201,7 +201,7 @@ def test_a_sample_of_which_every_label_is_hidden_stays_and_is_counted() -> None:
         assert rows == ids(whole.train)
         bare = int((target[:, list(task.classes)] == -1).all(dim=1).sum())
         assert task.unannotated == bare and within(bare, len(rows), 0.7**3), "three classes a task"
-        assert whole.about == {}
+        assert whole.about == {"complete": True}
 
 
 def told_by_the_source(numbers: Tensor) -> dict[str, Any]:

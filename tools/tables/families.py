@@ -120,6 +120,82 @@ TABLES["multi_label"] = [
     Table("Label sets: Mulan's scene, 3 tasks of 2 classes, %", LABELS, label_sets("_scene")),
     Table("Label sets: Mulan's yeast, 7 tasks of 2 classes, %", LABELS, label_sets("_yeast")),
 ]
+PROMPTS = {
+    "fine-tuning of everything": "strategy={name: finetune, epochs: 10, batch: 64, optimizer: {name: adam, lr: 0.001}, schedule: constant}",
+    "frozen, pooler and classifier learn": "strategy={name: mmp, length: 0, layers: 3, epochs: 10, batch: 64}",
+    "mmp": "strategy={name: mmp, length: 4, layers: 3, epochs: 10, batch: 64}",
+    "mplmm": "strategy={name: mplmm, length: 4, epochs: 10}",
+    "cmmm": "strategy={name: cmmm, length: 4, epochs: 10}",
+}
+WITHOUT = {
+    "cmmm without contrast": "strategy.contrast=0",
+    "cmmm without modality-specific prompts": "strategy.specific=false",
+    "cmmm without task-aware prompts": "strategy.aware=none",
+    "cmmm without task-specific prompts": "strategy.task=none",
+    "cmmm, one task-specific prompt for all": "strategy.task=shared",
+    "cmmm without learned projections": "strategy.projections=false",
+}
+IN_TURN = {"final": "final", "average": "average_incremental", "forgetting": "forgetting"}
+
+
+def at_rates(change: str) -> dict[str, Row]:
+    return {
+        f"{rate} % missing": Row(
+            "missing_modality/mmp", (change, f"scenario.missing=[{{image: {rate / 200}, audio: {rate / 200}}}]"), seeds=3
+        )
+        for rate in (10, 30, 50, 70, 90)
+    }
+
+
+TABLES["missing_modality"] = [
+    Table(
+        "Missing modalities: digits seen and heard; complete, then without image, then without sound, %",
+        IN_TURN,
+        {
+            **{name: Row("missing_modality/cmmm", (change,), seeds=3) for name, change in PROMPTS.items()},
+            **{name: Row("missing_modality/cmmm", (change,), seeds=3) for name, change in WITHOUT.items()},
+        },
+    ),
+    Table(
+        "Missing modalities: shapes in image, text and sound; seven patterns in turn, %",
+        IN_TURN,
+        {name: Row("missing_modality/cmmm_shapes", (change,), seeds=3) for name, change in PROMPTS.items()},
+    ),
+    *(
+        Table(f"Missing modalities: digits seen and heard, one task, {name}, %", {"accuracy": "final"}, at_rates(change))
+        for name, change in PROMPTS.items()
+    ),
+]
+PAINTED = {
+    "image alignment": "final",
+    "forgetting": "forgetting",
+    "recognised": "metrics.recognised.final",
+    "confusion": "metrics.confusion.final",
+    "text alignment": "metrics.text_alignment.final",
+    "of two: image": "metrics.joint_image_alignment.final",
+    "of two: text": "metrics.joint_text_alignment.final",
+}
+TABLES["concepts"] = [
+    Table(
+        "Concepts: four digits, one after another, taught to a tiny latent diffusion model that paints the other six, x 100",
+        PAINTED,
+        {
+            **{
+                name: Row(f"concepts/{name}", seeds=3)
+                for name in ("textual_inversion", "dreambooth_lora", "custom_diffusion", "c_lora", "conceptguard")
+            },
+            **{
+                f"conceptguard without {what}": Row("concepts/conceptguard", changes, seeds=3)
+                for what, changes in {
+                    "preservation": ("strategy.preserve=0",),
+                    "shift": ("strategy.shift=false",),
+                    "binding": ("strategy.bind=false",),
+                    "replay and binding": ("strategy.queue=0", "strategy.bind=false"),
+                }.items()
+            },
+        },
+    )
+]
 
 
 def figure(scores: dict[str, Any], where: str) -> float | None:
