@@ -79,9 +79,7 @@ class Extended(Scenario):
         wanted = self.first.takes()
         self.takes_itself, self.wanted = wanted is not None, self.info if wanted is None else wanted
         if self.wanted.target not in TAKEN or type(self.first).__iter__ is not Scenario.__iter__:
-            raise ConfigError(
-                f"a run can be fed when it learns {', '.join(FED)} and its tasks can be read at any time; this one's cannot"
-            )
+            raise ConfigError(f"a run can be fed when it learns {', '.join(FED)} and its tasks can be read at any time; this one's cannot")
         last = self.first.task(self.start - 1)
         self._names = [last.names.get(label, str(label)) for label in sorted(last.seen)]
         self._reached = [len(self._names)]  # how many classes there were before the first delivery, and after each
@@ -475,6 +473,13 @@ def feed(
             what = title if whole else f"a part of {title}"
             engine.notes.append(f"{what} was in the run already, as {known}: what was held out of it for scoring may now be learned")
         assert isinstance(engine.scenario, Extended)
+        if painted and hasattr(engine.strategy, "check"):  # what is said of the new concepts is known: what cannot be read is refused here
+            try:
+                engine.strategy.check(engine.scenario.task(new.index))
+            except ConfigError as error:
+                told = "A concept that scenario.word does not list has its own name for its class word: another name may be read"
+                error.args = (f"{error}\nThe data was not taken: {folder.path} is as it was before. {told}",)
+                raise
         if not painted and not engine.scenario.feeds[-1].scored_from:
             engine.notes.append(f"{title} has no test part: nothing is scored of it (--test DATA or --holdout 0.1 would give it one)")
         return _learn(folder, engine, status)

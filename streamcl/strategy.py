@@ -78,7 +78,8 @@ class Term:
 
     Its hooks run when the strategy's of the same name do.
     It overrides the hooks that it needs. `loss` adds to the strategy's; `strategy.logits` and `strategy.features` hold what the
-    model gave for the batch, so a term needs no forward pass of its own. A term that sets `criterion` replaces the strategy's.
+    model gave for the batch, so a term needs no forward pass of its own, and `strategy.own_loss` the loss that it adds to. A term that
+    sets `criterion` replaces the strategy's.
 
     Where the YAML names a term as the strategy itself, fine-tuning carries it, with the options of `alone` (a literal) that are not given.
     """
@@ -150,6 +151,7 @@ class GradientStrategy(Strategy):
         self.epoch = 0
         self.logits: Tensor | None = None
         self.features: Tensor | None = None
+        self.own_loss: Tensor | None = None  # the method's loss of the batch, with its graph, while its terms add theirs
         self.begun, self.hooks_done = -1, 0  # the task at hand, and how many of its hooks have run
         self.saved: dict[str, Any] = {}  # of an interrupted pass: its name, the optimiser, the best weights so far
 
@@ -358,7 +360,7 @@ class GradientStrategy(Strategy):
             else:  # read when it is shown, so that the device is never waited for
                 logged["loss"] = loss.detach()
             del loss, scaled  # the graph goes before the next one is made, so that its memory is used again
-            self.logits = self.features = None
+            self.logits = self.features = self.own_loss = None
         logged["lr"] = optimizer.param_groups[0]["lr"]
 
     def total_loss(self, batch: Batch) -> Tensor:
@@ -366,6 +368,7 @@ class GradientStrategy(Strategy):
         loss = self.loss(batch)
         if not isinstance(loss, Tensor):
             raise no_loss(self, loss)
+        self.own_loss = loss
         for term_loss in self._term_losses:
             more = term_loss(batch)
             if more is not None:

@@ -140,7 +140,11 @@ def test_the_direction_s_gradient_is_that_of_the_formula_by_finite_differences()
     head = run.model.head
     run.strategy.features, run.strategy.logits = features, head(features)
     guides = term.guide(features, batch)
-    run.strategy.logits = head(features)
+
+    def own_loss() -> Tensor:
+        return torch.nn.functional.cross_entropy(head(features), batch.target)
+
+    run.strategy.own_loss = own_loss()
     (gradient,) = torch.autograd.grad(term.loss(batch), head.weight)
 
     def formula(weight: Tensor) -> float:
@@ -158,7 +162,7 @@ def test_the_direction_s_gradient_is_that_of_the_formula_by_finite_differences()
         )
 
     weight = head.weight.detach()
-    run.strategy.logits = head(features)
+    run.strategy.own_loss = own_loss()
     assert float(term.loss(batch).detach()) == pytest.approx(formula(weight), rel=1e-9)
     for place in [(0, 0), (1, 5), (3, 15)]:
         step = torch.zeros_like(weight)
@@ -169,7 +173,7 @@ def test_the_direction_s_gradient_is_that_of_the_formula_by_finite_differences()
 def test_the_direction_of_the_weights_pulls_on_the_head_alone() -> None:
     run, term, batch = entered(directions="weights", lambda_=0.5)
     term.balance = torch.tensor([0.4, 0.6])
-    run.strategy.forward(batch)
+    run.strategy.own_loss = run.strategy.loss(batch)
     loss = term.loss(batch)
     found = torch.autograd.grad(loss, list(run.model.parameters()), allow_unused=True)
     touched = [name for (name, _), gradient in zip(run.model.named_parameters(), found, strict=True) if gradient is not None]
@@ -177,6 +181,18 @@ def test_the_direction_of_the_weights_pulls_on_the_head_alone() -> None:
     head = run.model.head.weight.detach().flatten()
     cosines = [float(cosine_similarity(c.out.weight.detach().flatten(), head, dim=0)) for c in term.classifiers.values()]
     assert loss.item() == pytest.approx(0.5 / 2 * (1.0 - 0.4 * cosines[0] - 0.6 * cosines[1]), rel=1e-5)
+
+
+def test_the_direction_follows_whatever_loss_the_strategy_has() -> None:
+    """Of a strategy with a loss of its own: the gradient that guides is that loss's, not the usual criterion's."""
+    run, term, batch = entered(lambda_=1.0)
+    term.balance = torch.tensor([0.4, 0.6])
+    run.strategy.loss = lambda given: (run.strategy.forward(given) ** 2).mean()  # type: ignore[method-assign]
+    total = run.strategy.total_loss(batch)
+    own = run.strategy.own_loss
+    (gradient,) = torch.autograd.grad(own, run.model.head.weight, retain_graph=True)
+    guides = [g.detach() for g in term.guide(run.strategy.features.detach(), batch).values()]
+    torch.testing.assert_close(total - own, direction(term.balance, guides, gradient))
 
 
 def test_where_all_directions_agree_the_term_is_nothing() -> None:

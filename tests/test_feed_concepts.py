@@ -14,6 +14,7 @@ from PIL import Image
 from small_runs import comparable, small_run
 from streamcl.scenarios.concepts import Concepts
 from streamcl.scenarios.sources.digits import Digits
+from streamcl.strategies.concepts._painting import Painter
 from test_feed import DIGITS, PIXELS, contents, images
 
 from streamcl import feeding, running, scoring
@@ -85,7 +86,7 @@ def test_every_method_learns_further_concepts_and_old_ones_stay_scored(strategy:
         assert scores["matrix"][3][:3] == scores["matrix"][2][:3]
 
 
-@pytest.mark.parametrize("at", [0, 3, 4, "learning"])
+@pytest.mark.parametrize("at", [0, 4, "learning"])
 def test_a_feed_that_fails_or_dies_leaves_the_run_as_it_was_or_is_finished_by_resume(
     at: int | str, tmp_path: Path, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,12 +102,12 @@ def test_a_feed_that_fails_or_dies_leaves_the_run_as_it_was_or_is_finished_by_re
         written.append(path.name)
         writing.write_atomically(path, text)
 
-    def failing(engine: Engine) -> None:
+    def failing(*given: Any) -> None:
         raise ConfigError("it cannot be learned")
 
     with monkeypatch.context() as patch:
         if at == "learning":
-            patch.setattr(Engine, "_tick", failing)
+            patch.setattr(Painter, "errors", failing)
             with pytest.raises(ConfigError, match=r"it cannot be learned(.|\n)*The data was not taken"):
                 feeding.feed(run, data)
             assert contents(run) == before
@@ -121,7 +122,7 @@ def test_a_feed_that_fails_or_dies_leaves_the_run_as_it_was_or_is_finished_by_re
     assert len(resumed["matrix"]) == (4 if recorded else 3) and (recorded or comparable(resumed) == comparable(scores))
 
 
-@pytest.mark.parametrize("strategy", ["dreambooth_lora", GROWS_NOT])
+@pytest.mark.parametrize("strategy", ["c_lora", GROWS_NOT])
 def test_an_interrupted_feed_is_resumed_to_the_same_scores(
     strategy: str, tmp_path: Path, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,3 +119,21 @@ def test_what_it_cannot_serve_is_refused() -> None:
         carried(make("term", "ogm_ge"), backbone=make("backbone", "fusion", modalities=["image"]))
     with pytest.raises(ConfigError, match="the backbone mlp does not keep an encoder"):
         carried(make("term", "ogm_ge"), backbone=make("backbone", "mlp", modality="image"))
+
+
+def test_what_the_model_does_not_read_decides_nothing_and_nothing_counted_changes_nothing() -> None:
+    run, term, batch = entered()
+    features = run.model.features(batch).detach()
+    nobody = torch.zeros(40, dtype=torch.bool)
+    other = batch.replace(present={"text": nobody})
+    assert torch.equal(term.scored(features, other), term.scored(features, batch))
+    run.strategy.total_loss(batch.replace(present={"audio": nobody})).backward()
+    before = gradients(run)
+    term.after_backward(batch)
+    after = gradients(run)
+    assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
+
+
+def test_a_strategy_that_scores_by_another_rule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="proto scores by another rule: take cggm"):
+        carried(make("term", "ogm_ge"), strategy="proto")

@@ -8,15 +8,17 @@ own gradient points. With M modalities and e_i the metric of c_i on the batch (a
     magnitude:  the gradients of the encoder of modality i are multiplied by rho b_i
     direction:  lambda / M x sum_i (|b_i| - b_i cos(g_i, g)),   added to the loss, with the b of the step before
 
-g is the gradient of the task's loss with respect to the head's weights, g_i that of c_i's loss with respect to its output layer, which is
-made of the head's shape. What improves fast gets smaller gradients, and the head follows what is slow. `directions: gradients` is the
-paper's: g is differentiated through. The released code takes the cosine of the weights instead of their gradients, one step late, which
-pulls on the head alone: `directions: weights`. Nothing of this is left at inference. Batches of exemplars count like any others.
+g is the gradient of the strategy's own loss with respect to the head's weights, g_i that of c_i's loss with respect to its output layer,
+which is made of the head's shape. What improves fast gets smaller gradients, and the head follows what is slow. `directions: gradients`
+is the paper's: g is differentiated through. The released code takes the cosine of the weights instead of their gradients, one step late,
+which pulls on the head alone: `directions: weights`. Nothing of this is left at inference. Batches of exemplars count like any others.
 
 The sum of D over two batches is often near zero or negative, and b then anything: the released code adds 1e-8 and relies on clipping the
 gradients. Here e_i is an average over steps (`smooth`, the share that it keeps), only what rises counts, and `floor` is added to each D_i,
-so that 0 <= b_i <= 1, the sum stays M - 1, and modalities that no longer improve get (M - 1) / M each. `smooth: 0, floor: null` are the
-formulas as published. `rho: null` leaves out the magnitude, `lambda: 0` the direction.
+so that 0 <= b_i <= 1 and the sum stays M - 1. The average begins at 0, so for its first 1 / (1 - smooth) steps D follows the level that a
+modality is at, and later its rise; the b of modalities that no longer improve go to and fro around (M - 1) / M as batches differ, the
+less the larger `smooth` is. `smooth: 0, floor: null` are the formulas as published. `rho: null` leaves out the magnitude, `lambda: 0` the
+direction.
 
 A constant factor on gradients is undone by Adam and its kin: with them only the change of b tells; SGD feels all of it. The classifiers
 are a hidden layer as wide as the head's input and a linear one (the paper's begin with two transformer layers over a sequence), trained by
@@ -86,15 +88,15 @@ class CGGM(Term):
         self.metric, self.balance, self.counts = torch.zeros(len(self.parts), device=context.device), None, {}
 
     def loss(self, batch: Batch) -> Tensor | None:
-        features, logits = features_of(self.strategy, batch)
+        features, _ = features_of(self.strategy, batch)
         guides = self.guide(features.detach(), batch)
-        if self.balance is None or not self.lambda_:
+        if self.balance is None or not self.lambda_ or self.strategy.own_loss is None:
             return None
         own: Tensor = self.strategy.model.head.weight
         if self.directions == "weights":
             guides = {name: classifier.out.weight.detach() for name, classifier in self.classifiers.items()}
         else:
-            own = torch.autograd.grad(self.criterion_of_modality(logits, batch.target), own, create_graph=True)[0]
+            own = torch.autograd.grad(self.strategy.own_loss, own, create_graph=True)[0]
         return self.lambda_ * direction(self.balance, list(guides.values()), own)
 
     def guide(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:

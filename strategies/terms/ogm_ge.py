@@ -52,6 +52,9 @@ class OgmGe(Term):
                 "ogm_ge compares how probable each modality makes the true class, and the target of this stream is "
                 f"{strategy.info.target}: take cggm"
             )
+        if type(strategy).forward is not GradientStrategy.forward:
+            name = type(strategy).__module__.rpartition(".")[2]
+            raise ConfigError(f"ogm_ge takes a linear head apart by modality, and {name} scores by another rule: take cggm")
         self.parts = parts_of(strategy, "ogm_ge")
         device = strategy.context.device
         self.generator = torch.Generator(device).manual_seed(derived(strategy.context.seed, "ogm_ge"))
@@ -72,8 +75,9 @@ class OgmGe(Term):
         head, target = self.strategy.model.head, batch.target.long()
         known, found = target != NOT_ANNOTATED if target.dim() > 1 else None, []
         everywhere = torch.ones(len(target), dtype=torch.bool, device=target.device)
-        for mask in (batch.present or {}).values():
-            everywhere = everywhere & mask
+        for name, mask in (batch.present or {}).items():
+            if name in self.parts:
+                everywhere = everywhere & mask
         for part in self.parts.values():
             own = linear(features[:, part.columns].movedim(1, -1), head.weight[:, part.columns])  # (batch, ..., classes)
             if head.bias is not None:
@@ -88,7 +92,7 @@ class OgmGe(Term):
     @torch.no_grad()
     def after_backward(self, batch: Batch) -> None:
         scores, self.scores = self.scores, None
-        if scores is None:
+        if scores is None or not bool(scores.any()):  # no sample has all modalities
             return
         factors = modulation(scores, self.alpha)
         for part, factor in zip(self.parts.values(), factors, strict=True):
