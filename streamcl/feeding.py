@@ -203,10 +203,14 @@ class Extended(Scenario):
         parts = {"train": self._part(place, "train"), **self._loaded[place, "data"]}
         if feed.test is not None:
             parts["test"] = self._part(place, "test")
-        like = self.first.task(0).train[torch.tensor([0])]
+        begun = self.first.task(0).train
+        like, form = begun[torch.tensor([0])], begun.targets.shape[1:]
         for part, dataset in parts.items():
             where = feed.name if part == "train" else f"the {part} data of {feed.name}"
             check_whole(dataset, self.wanted, where)
+            if self.info.target in ("value", "mask") and dataset.targets.shape[1:] != form:
+                now, before = (" x ".join(map(str, shape)) or "one" for shape in (dataset.targets.shape[1:], form))
+                raise DataError(f"{where}: the {self.info.target} of a sample is {now} number(s), and this run's {before}")
             for name, values in dataset[torch.tensor([0])].inputs.items():
                 expected = like.inputs[name]
                 if isinstance(values, Tensor) and isinstance(expected, Tensor) and values.dtype != expected.dtype:
@@ -473,7 +477,7 @@ def feed(
             what = title if whole else f"a part of {title}"
             engine.notes.append(f"{what} was in the run already, as {known}: what was held out of it for scoring may now be learned")
         assert isinstance(engine.scenario, Extended)
-        if painted and hasattr(engine.strategy, "check"):  # what is said of the new concepts is known: what cannot be read is refused here
+        if painted:  # what is said of the new concepts is known: what cannot be read is refused here
             try:
                 engine.strategy.check(engine.scenario.task(new.index))
             except ConfigError as error:

@@ -45,6 +45,9 @@ class Strategy(ABC):
     @abstractmethod
     def learn(self, task: Task) -> None: ...
 
+    def check(self, task: Task) -> None:
+        """Raise ConfigError for a task that was fed and cannot be learned, before anything of it is recorded."""
+
     def predict(self, batch: Batch) -> Prediction:
         """Scores of a prepared batch for the classes seen so far. The model is in evaluation mode and gradients are off."""
         return Prediction(self.model(batch), threshold=self.info.threshold if self.info.target == "labels" else None)

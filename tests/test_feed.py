@@ -124,6 +124,11 @@ def test_values_are_fed_and_scored(tmp_path: Path) -> None:
     more = vectors(tmp_path / "more.npz", 40, seed=1, y=lambda x: x[:, 0])
     scores = feeding.feed(run, json.dumps({"name": "arrays", "path": more, "as": "value"}), holdout=0.25, name="more")
     assert scores["metric"] == "mae" and len(scores["matrix"][2]) == 3 and scores["tasks"][2]["train"] == 30
+    two = vectors(tmp_path / "two.npz", 40, seed=2, y=lambda x: x[:, :2])
+    before = contents(run)
+    with pytest.raises(DataError, match=r"two: the value of a sample is 2 number\(s\), and this run's one"):
+        feeding.feed(run, json.dumps({"name": "arrays", "path": two, "as": "value"}))
+    assert contents(run) == before
     with pytest.raises(DataError, match="digits is labelled with class, and this run takes value"):
         feeding.feed(run, images(tmp_path / "digits.npz", 1))
 

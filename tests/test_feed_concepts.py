@@ -23,9 +23,7 @@ from streamcl.engine import Engine
 from streamcl.errors import ConfigError, DataError, Interrupted, StreamclError
 from streamcl.run_folder import RunFolder
 
-# Its restore asks for as many concepts as there are now, and a checkpoint from before the feed holds fewer.
-GROWS_NOT = pytest.param("conceptguard", marks=pytest.mark.xfail(strict=True, raises=ConfigError))
-LEARNERS = ["textual_inversion", "dreambooth_lora", "custom_diffusion", "c_lora", GROWS_NOT]
+LEARNERS = ["textual_inversion", "dreambooth_lora", "custom_diffusion", "c_lora", "conceptguard"]
 PROMPTS = ["a photo of <new1> digit", "a photo of <new3> digit next to <new1> digit"]
 
 
@@ -122,7 +120,7 @@ def test_a_feed_that_fails_or_dies_leaves_the_run_as_it_was_or_is_finished_by_re
     assert len(resumed["matrix"]) == (4 if recorded else 3) and (recorded or comparable(resumed) == comparable(scores))
 
 
-@pytest.mark.parametrize("strategy", ["c_lora", GROWS_NOT])
+@pytest.mark.parametrize("strategy", ["c_lora", "conceptguard"])
 def test_an_interrupted_feed_is_resumed_to_the_same_scores(
     strategy: str, tmp_path: Path, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,7 +258,7 @@ class ConceptGuard(ConceptLearner):
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
         for name in ("offset", "binding", "common", "importance"):
-            getattr(self, name).copy_(state[name])
+            getattr(self, name)[: len(state[name])].copy_(state[name])  # of concepts that came since (a feed) there is nothing yet
         self.stamps = {int(label): int(stamp) for label, stamp in state["stamps"].items()}
         self.painted = dict(state["painted"])
         self.before = {name: value.to(self.context.device) for name, value in state["before"].items()}
