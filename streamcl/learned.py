@@ -79,6 +79,11 @@ class Learned:
 
     def paint(self, prompts: Sequence[str], first: int = 0) -> Tensor:
         """A picture for each prompt, from 0 to 1; its number, from `first`, seeds its noise  # (prompts, channels, height, width)"""
+        if self.info.target != "image":
+            raise DataError(f"this model paints no pictures, it learned {self.info.target}: ask it by predict")
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        self.strategy.check_prompts(prompts)
         batch = Batch({"text": list(prompts)}, None, torch.arange(first, first + len(prompts)))
         found = [self.answer(batch[start : start + CHUNK]).images for start in range(0, len(batch), CHUNK)]
         if not found or any(images is None for images in found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,8 @@ def pretrained_weights(settings: RunConfig) -> Path:
     cache = folder / f"{earlier.digest()[:32]}-model.safetensors"
     if not cache.is_file():
         engine = build(earlier, None, log=[])
+        made = f"{before.strategy.name} on {before.scenario.name}"
+        print(f"training the starting model first ({made}), once: it is kept in {folder}", file=sys.stderr, flush=True)
         engine.run()
         cache.parent.mkdir(parents=True, exist_ok=True)
         aside = cache.with_name(f".{cache.name}.{os.getpid()}")

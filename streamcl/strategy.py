@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,6 +47,9 @@ class Strategy(ABC):
 
     def check(self, task: Task) -> None:
         """Raise ConfigError for a task that was fed and cannot be learned, before anything of it is recorded."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ConfigError for a prompt that a model which paints would read as something else than what it says."""
 
     def predict(self, batch: Batch) -> Prediction:
         """Scores of a prepared batch for the classes seen so far. The model is in evaluation mode and gradients are off."""

@@ -238,3 +238,12 @@ def test_the_judge_stays_as_it_was_and_reads_only_names_that_it_knows() -> None:
     clip.take("threes", ["turned 3"], delivered)
     asked: Any = clip.test(clip.task(2), clip.task(2))
     assert asked.extra["judged"][0] == "a photo of digit", "CLIP is told the class word"
+
+
+def test_what_is_asked_to_be_painted_is_read_as_it_stands(tmp_path: Path, finished: Any) -> None:
+    learned = running.load(finished("c_lora", tmp_path / "run"))
+    prompt = "a photo of <new1> digit"
+    assert torch.equal(learned.paint(prompt), learned.paint([prompt]))
+    for wrong in ("a photo of <new9> digit", "a photo of <new1> unicorn"):
+        with pytest.raises(ConfigError, match="does not know the word"):
+            learned.paint([wrong])

@@ -90,6 +90,6 @@ def test_masks_are_the_cross_entropy_of_their_annotated_pixels(seed: int) -> Non
 
 
 def test_each_kind_of_target_that_is_learned_by_a_loss_has_one() -> None:
-    assert set(CRITERIA) == {"class", "labels", "value", "mask"}
+    assert set(CRITERIA) == {"class", "labels", "value", "mask", "image"}
     assert math.isclose(float(CRITERIA["class"](torch.tensor([[LN3, 0.0]]), torch.tensor([0]))), math.log(4 / 3), rel_tol=1e-6)
     assert math.isclose(float(CRITERIA["labels"](torch.tensor([[2.0]]), torch.tensor([[0]]))), softplus(2.0), rel_tol=1e-6)

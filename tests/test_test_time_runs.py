@@ -12,7 +12,7 @@ from small_runs import comparable, small_run
 
 from streamcl import feeding, running, scoring
 from streamcl.engine import Engine
-from streamcl.errors import ConfigError, Interrupted
+from streamcl.errors import ConfigError, DataError, Interrupted
 
 ADAPTS = '''
 import torch
@@ -157,7 +157,9 @@ def test_a_served_run_cannot_be_fed_and_can_be_asked(config: dict[str, Any], tmp
         ),
     ],
 )
-def test_a_run_of_other_targets_can_be_scored_again_asked_and_not_fed(scenario: dict[str, Any], answer: type, tmp_path: Path) -> None:
+def test_a_run_of_other_targets_is_scored_again_and_asked_and_takes_its_own_kind_alone(
+    scenario: dict[str, Any], answer: type, tmp_path: Path
+) -> None:
     backbone = {"name": "fusion", "width": 8, "modalities": ["image"]}
     scores = running.run(
         small_run("finetune", scenario=scenario, model={"backbone": backbone}, memory={"exemplars": 0}), out=tmp_path / "run"
@@ -165,7 +167,7 @@ def test_a_run_of_other_targets_can_be_scored_again_asked_and_not_fed(scenario: 
     again = scoring.score(tmp_path / "run")
     assert again["overall"] == pytest.approx(scores["final"], rel=1e-6) and scoring.table(again)
     assert (tmp_path / "run").exists() and scores["metrics"]
-    with pytest.raises(ConfigError, match="can be fed"):
+    with pytest.raises(DataError, match=r"digits is labelled with class, and this run takes (labels|value)"):
         feeding.feed(tmp_path / "run", "digits")
     with pytest.raises(ConfigError, match="data can be given to score for a model of classes"):
         scoring.score(tmp_path / "run", "digits")

@@ -87,6 +87,8 @@ class Arrays(RecordSource):
         width = train.targets.shape[1] if train.targets.dim() == 2 else 1
         if test is not None and test.targets is not None and test.targets.shape[1:] != train.targets.shape[1:]:
             raise DataError(f"{place}: {self.target!r} has {width} columns, and that of the test set another number")
+        if self.kind == "labels" and self.class_names is None:
+            raise DataError(f"{place}: {self.target!r} has {width} columns of labels: name their classes, class_names: [...]")
         if not width:
             raise DataError(f"{place}: {self.target!r} has no column")
         if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
@@ -94,7 +96,7 @@ class Arrays(RecordSource):
             raise DataError(f"{place}: class_names names {twice!r} twice")
         if self.class_names is not None and len(self.class_names) != width:
             raise DataError(f"{place}: {self.target!r} has {width} columns, and there are {len(self.class_names)} class_names")
-        return self.class_names or ([str(column) for column in range(width)] if self.kind == "labels" else [])
+        return self.class_names or []
 
     def _names(self, place: Path, arrays: Mapping[str, Any]) -> dict[str, str]:
         """Modality -> array; the modality "" is told by the array."""

@@ -54,8 +54,10 @@ class Folder(RecordSource):
     def _records(self, folder: Path, kind: str | None, problems: dict[str, int]) -> tuple[str, Records]:
         import pyarrow as pa
 
-        files, labels = [], []
+        files: list[str] = []
+        labels: list[str] = []
         for place in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+            before = len(files)
             for file in sorted(place.rglob("*")):
                 if file.name.startswith(".") or not file.is_file():
                     continue
@@ -70,6 +72,8 @@ class Folder(RecordSource):
                     continue
                 files.append(str(file))
                 labels.append(place.name)
+            if len(files) == before:
+                problems[f"class {place.name!r}, whose folder has no image and no .wav file"] = 1
         if not files or kind is None:
             raise DataError(f"{folder}: there is no image and no .wav file in its sub-folders, one for each class")
         where = _Path(files)

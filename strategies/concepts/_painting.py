@@ -72,6 +72,9 @@ class Painter(GradientStrategy):
         """What the prompts say when nothing is learned from it."""
         return self.backbone.read(prompts)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        self.check_words(prompts, "the prompt")
+
     def check_words(self, prompts: Sequence[str], option: str) -> None:
         unknown = self.backbone.unknown(prompts)
         if unknown:
@@ -163,7 +166,7 @@ class ConceptLearner(Painter):
                 raise ConfigError(f"concept {concept['name']!r} has no picture to learn from: give it some, or leave it out of concepts")
             several = {"templates": captions[label], "prompts": concept["prompts"], "joint_prompts": concept["joint_prompts"]}
             for option, prompts in several.items():
-                self.check_words(prompts, f"scenario.{option}")
+                self.check_words(prompts, f"scenario.{option}, or scenario.word where it is the class word")
                 lacking = self.backbone.without(prompts, concept["placeholder"])
                 if lacking:
                     raise ConfigError(
