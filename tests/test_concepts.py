@@ -332,6 +332,7 @@ def test_a_run_is_scored_painted_and_exported(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"model": {"backbone": "mlp"}}, "the backbone mlp paints no pictures: set model.backbone=text_to_image"),
+        ({"strategy": {"name": "c_lora", "replay": 8}}, "strategy.replay is 8, and exemplars of concepts do not join every batch"),
         ({"scenario": {"templates": ["a photo of {} in snow"]}}, r"does not know the word 'snow'.* change scenario\.templates, or"),
         ({"scenario": {"prompts": ["{} of marble"]}}, r"the word 'marble'.*change scenario\.prompts"),
         ({"scenario": {"prompts": ["a" + " photo" * 20 + " of {}"]}}, "'<new1>' of concept '6' is not read in .*cut off"),

@@ -137,3 +137,8 @@ def test_what_the_model_does_not_read_decides_nothing_and_nothing_counted_change
 def test_a_strategy_that_scores_by_another_rule_is_refused() -> None:
     with pytest.raises(ConfigError, match="proto scores by another rule: take cggm"):
         carried(make("term", "ogm_ge"), strategy="proto")
+
+
+def test_two_terms_that_scale_the_same_gradients_are_refused() -> None:
+    with pytest.raises(ConfigError, match="OgmGe and CGGM both scale the gradients"):
+        carried(make("term", "ogm_ge"), make("term", "cggm"))

@@ -104,6 +104,11 @@ class ConceptLearner(Painter):
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, batch=batch, optimizer=optimizer, clip=clip, **options)
+        if self.replay:
+            raise ConfigError(
+                f"strategy.replay is {self.replay}, and exemplars of concepts do not join every batch: leave it out (conceptguard has a "
+                "queue of its own)"
+            )
         self.token_lr = token_lr
         self.new: Tensor = torch.empty(0, dtype=torch.bool)  # which words this task brought
 

@@ -22,6 +22,9 @@ def parts_of(strategy: GradientStrategy, term: str) -> dict[str, Part]:
             f"{term} weighs modalities against each other, and the model reads {', '.join(parts)} alone: leave it out of strategy.with, or "
             "give the backbone more modalities"
         )
+    others = [type(one).__name__ for one in strategy.terms if type(one).__module__.rpartition(".")[2] in ("cggm", "ogm_ge")]
+    if len(others) > 1:
+        raise ConfigError(f"{' and '.join(others)} both scale the gradients of each modality's encoder: carry one of them")
     if strategy.context.world > 1:
         raise ConfigError(f"{term} compares the modalities over the whole batch, and several processes each see a part of it: start one")
     return parts
