@@ -34,7 +34,7 @@ from streamcl.preparing import Preparation
 from streamcl.processes import Processes
 from streamcl.run_folder import RunFolder, environment
 from streamcl.seeding import random_state, restore_random, seed_everything
-from streamcl.strategy import Strategy
+from streamcl.strategy import Strategy, plugin_name
 from streamcl.stream import Batch, Dataset, Prediction, Scenario, StreamInfo, Task, asked
 from streamcl.writing import DISK_TROUBLE, disk_error
 
@@ -166,17 +166,17 @@ class Engine:
         self._measures = type(strategy).measure is not Strategy.measure
         if strategy.targets and self.info.target not in strategy.targets:
             raise ConfigError(
-                f"{_plugin_name(strategy)} learns {' or '.join(strategy.targets)}, and the target of this stream is {self.info.target}: "
+                f"{plugin_name(strategy)} learns {' or '.join(strategy.targets)}, and the target of this stream is {self.info.target}: "
                 "take another strategy (streamcl list strategies); streamcl show CONFIG --picture draws the stream in any case"
             )
         if strategy.needs_exemplars:
-            _check_exemplars(self.memory, _plugin_name(strategy), self.info.classes)
+            _check_exemplars(self.memory, plugin_name(strategy), self.info.classes)
         strategy.start(self.info, self.context)
 
     def _check_test_time(self) -> None:
         if type(self.strategy).adapt is Strategy.adapt:
             raise ConfigError(
-                f"this stream serves samples without labels, and {_plugin_name(self.strategy)} learns from labels: a test-time strategy is "
+                f"this stream serves samples without labels, and {plugin_name(self.strategy)} learns from labels: a test-time strategy is "
                 "needed, which adapts to what it serves"
             )
         if self.evaluate.future or self.evaluate.every != "task":
@@ -298,7 +298,7 @@ class Engine:
         self._account("learn")
         if self.processes.world > 1 and not self.processes.agree(fingerprint(self.memory.state())):
             raise TrainingError(
-                f"after {task.name} the {self.processes.world} processes remember different samples: {_plugin_name(self.strategy)} must "
+                f"after {task.name} the {self.processes.world} processes remember different samples: {plugin_name(self.strategy)} must "
                 "offer its memory the same samples in the same order on each of them, or run on one process"
             )
         self._check_finite()
@@ -587,8 +587,8 @@ class Engine:
             tasks=self.info.tasks,
             parameters=sum(p.numel() for p in self.model.parameters()),
             resumed=resumed,
-            strategy=_plugin_name(self.strategy),
-            scenario=_plugin_name(getattr(self.scenario, "first", self.scenario)),  # of a run that was fed, what it began with
+            strategy=plugin_name(self.strategy),
+            scenario=plugin_name(getattr(self.scenario, "first", self.scenario)),  # of a run that was fed, what it began with
         )
         self.announced = True
         told = [f"{shown(Path(name))} {CHANGED}: what comes is learned by another method than what was" for name in self.changed]
@@ -730,11 +730,6 @@ def _check_exemplars(memory: Memory, strategy: str, classes: int | None) -> None
         raise ConfigError(f"{strategy} needs raw exemplars and memory.store is {exemplars.store}: set it to raw")
     if exemplars.budget == 0:
         raise ConfigError(f"{strategy} needs exemplars and memory.exemplars is 0: set it to 200, say")
-
-
-def _plugin_name(plugin: object) -> str:
-    kind = type(plugin)
-    return kind.__module__.rsplit(".", 1)[-1] if kind.__module__.startswith("streamcl.") else kind.__name__
 
 
 def _from_plugin(error: Exception, where: str) -> StreamclError:

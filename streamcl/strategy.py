@@ -91,6 +91,7 @@ class Term:
     """
 
     alone: ClassVar[Mapping[str, Any]] = {}
+    reads_again: str = ""  # as for a strategy
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def start(self, strategy: GradientStrategy) -> None:
@@ -133,6 +134,7 @@ class GradientStrategy(Strategy):
     """
 
     fills_memory: ClassVar[bool] = False
+    reads_again: str = ""  # what it goes through once more, and what for ("a task again to choose exemplars"): no stream that is read once
     targets: ClassVar[tuple[str, ...]] = ("class", "labels", "value", "mask")
 
     def __init__(
@@ -208,6 +210,12 @@ class GradientStrategy(Strategy):
             raise ConfigError(
                 f"strategy.epochs is {longest} and the stream can be read {info.passes} time(s): set strategy.epochs={info.passes}"
             )
+        carried: list[GradientStrategy | Term] = [self, *self.terms]
+        for plugin in carried:
+            if info.passes is not None and plugin.reads_again:
+                raise ConfigError(
+                    f"{plugin_name(plugin)} reads {plugin.reads_again}, and this stream can be read once: set scenario.online=false"
+                )
         for term in self.terms:
             term.start(self)
         usual = CRITERIA[info.target]
@@ -465,6 +473,12 @@ class Best:
     def restore(self, state: Mapping[str, Any]) -> None:
         self.accuracy = -math.inf if state["accuracy"] is None else float(state["accuracy"])
         self.waited, self.weights = int(state["waited"]), dict(state["weights"])
+
+
+def plugin_name(plugin: object) -> str:
+    """What a person calls it: the name in the YAML, or the class where the file is their own."""
+    kind = type(plugin)
+    return kind.__module__.rsplit(".", 1)[-1] if kind.__module__.startswith("streamcl.") else kind.__name__
 
 
 def no_loss(strategy: GradientStrategy, returned: Any) -> PluginError:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +192,18 @@ def comparable(scores: dict[str, Any]) -> dict[str, Any]:
 
 def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
+
+
+def copies(folder: Path, finish: Callable[..., None]) -> Callable[..., Path]:
+    """A function that gives a copy of a finished run: `finish(strategy, to, **changes)` makes each once, in `folder`."""
+    made: dict[str, Path] = {}
+
+    def copy(strategy: str, to: Path, /, **changes: Any) -> Path:
+        key = strategy + json.dumps(changes)
+        if key not in made:
+            made[key] = folder / str(len(made))
+            finish(strategy, made[key], **changes)
+        shutil.copytree(made[key], to)
+        return to
+
+    return copy

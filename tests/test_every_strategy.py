@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import classifying, family, learning, small_run
+from test_strategies import learn
 
 from streamcl import running
 from streamcl.checkpoint import fingerprint, flatten
@@ -26,18 +27,6 @@ from streamcl.stream import Batch, Task
 
 def built(name: str, **changes: Any) -> Engine:
     return running.build(from_mapping(small_run(name, log=[], **changes)), None)
-
-
-def learned(run: Engine, tasks: int) -> list[Task]:
-    """Learn the first tasks, without scoring."""
-    done: list[Task] = []
-    for _ in range(tasks):
-        task = run._next_task()
-        assert task is not None
-        run._learn(task)
-        run.context.task = None
-        done.append(task)
-    return done
 
 
 def to_answer(run: Engine, tasks: list[Task]) -> Batch:
@@ -76,7 +65,7 @@ def test_a_misspelt_option_is_refused_by_its_name(name: str) -> None:
 def test_its_state_is_plain_and_complete(name: str) -> None:
     """What is restored from the state answers as what was saved, and has that state."""
     first = built(name)
-    tasks = learned(first, 2)
+    tasks = learn(first, 2)
     state = first.state()
     flatten(state["strategy"])  # nothing but tensors and JSON values
     other = built(name)
@@ -96,7 +85,7 @@ def test_its_state_is_plain_and_complete(name: str) -> None:
 @pytest.mark.parametrize("name", learning())
 def test_nothing_is_learned_from_what_it_is_asked(name: str) -> None:
     run = built(name)
-    batch = to_answer(run, learned(run, 2))
+    batch = to_answer(run, learn(run, 2))
     run.model.eval()
     before = fingerprint(run.strategy.state()), fingerprint(run.memory.state()), fingerprint(dict(run.model.state_dict()))
     drawn = run.context.generator.get_state(), random_state()["torch"]
@@ -132,7 +121,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("repeat", [0.0, 0.25])
 @pytest.mark.parametrize("name", classifying())
-def test_a_class_of_one_sample_a_task_of_one_class_and_a_class_that_comes_back_are_learned(
+def test_a_class_of_one_sample_a_task_of_one_class_and_a_class_that_comes_back_are_learn(
     name: str, repeat: float, uneven: dict[str, Any], tmp_path: Path
 ) -> None:
     scores = running.run(small_run(name, scenario={**uneven, "repeat": repeat}, log=[]), out=tmp_path / "run")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from small_runs import classifying, comparable, family, small_run
+from small_runs import classifying, comparable, copies, family, small_run
 
 from streamcl import cli, config, feeding, running
 from streamcl.errors import ConfigError, DataError, Interrupted, PluginError, RunError
@@ -40,18 +40,11 @@ def images(path: Path, *digits: int, turned: bool = False, limit: int = 40) -> s
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run on digits, made once for each strategy, and copied for each test."""
-    made: dict[str, Path] = {}
-    folder = tmp_path_factory.mktemp("finished")
 
-    def copy(strategy: str, to: Path, /, **changes: Any) -> Path:
-        key = strategy + json.dumps(changes)
-        if key not in made:
-            made[key] = folder / str(len(made))
-            running.run(small_run(strategy, **{"memory": {"exemplars": 90}, "log": [], **changes}), out=made[key])
-        shutil.copytree(made[key], to)
-        return to
+    def finish(strategy: str, to: Path, /, **changes: Any) -> None:
+        running.run(small_run(strategy, **{"memory": {"exemplars": 90}, "log": [], **changes}), out=to)
 
-    return copy
+    return copies(tmp_path_factory.mktemp("finished"), finish)
 
 
 def contents(run: Path) -> dict[str, str]:

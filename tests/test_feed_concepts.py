@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import comparable, small_run
+from small_runs import comparable, copies, small_run
 from streamcl.scenarios.concepts import Concepts
 from streamcl.scenarios.sources.digits import Digits
 from streamcl.strategies.concepts._painting import Painter
@@ -30,22 +29,15 @@ PROMPTS = ["a photo of <new1> digit", "a photo of <new3> digit next to <new1> di
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run of three concepts, made once for each strategy, and copied for each test."""
-    made: dict[str, Path] = {}
-    folder = tmp_path_factory.mktemp("finished")
 
-    def copy(strategy: str, to: Path, /, **scenario: Any) -> Path:
-        key = strategy + json.dumps(scenario)
-        if key not in made:
-            made[key] = folder / str(len(made))
-            settings = small_run(strategy, log=[])
-            settings["scenario"] |= scenario
-            if "data" in scenario:  # the base model was trained on digits
-                del settings["model"]["pretrain"]
-            running.run(settings, out=made[key])
-        shutil.copytree(made[key], to)
-        return to
+    def finish(strategy: str, to: Path, /, **scenario: Any) -> None:
+        settings = small_run(strategy, log=[])
+        settings["scenario"] |= scenario
+        if "data" in scenario:  # the base model was trained on digits
+            del settings["model"]["pretrain"]
+        running.run(settings, out=to)
 
-    return copy
+    return copies(tmp_path_factory.mktemp("finished"), finish)
 
 
 def both(path: Path) -> str:

@@ -42,6 +42,7 @@ from streamcl.stream import Batch, Dataset, Prediction, StreamInfo, Task
 
 
 class BiC(GradientStrategy):
+    reads_again = "a task again to choose exemplars"
     targets = ("class",)
     selection = "herding"
     needs_exemplars = True
@@ -70,8 +71,6 @@ class BiC(GradientStrategy):
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
-        if info.passes is not None:
-            raise ConfigError("bic reads a task again to choose exemplars, and this stream can be read once: set scenario.online=false")
         if self.replay:
             raise ConfigError("bic trains on all its exemplars but those that it holds out, and replay would bring these in: set replay=0")
 

@@ -22,16 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize, one_hot
 
-from streamcl.context import Context
 from streamcl.data import Joined
-from streamcl.errors import ConfigError
 from streamcl.nn.model import Model
 from streamcl.options import Optimizer, PositiveInt, Schedule
 from streamcl.strategy import GradientStrategy
-from streamcl.stream import Batch, Dataset, Prediction, StreamInfo, Task
+from streamcl.stream import Batch, Dataset, Prediction, Task
 
 
 class ICaRL(GradientStrategy):
+    reads_again = "a task again to choose exemplars"
     targets = ("class",)
     selection = "herding"
     needs_exemplars = True
@@ -50,11 +49,6 @@ class ICaRL(GradientStrategy):
         super().__init__(epochs=epochs, batch=batch, optimizer=optimizer, schedule=schedule, **options)
         self.mirror = mirror
         self.teacher: Model | None = None
-
-    def start(self, info: StreamInfo, context: Context) -> None:
-        super().start(info, context)
-        if info.passes is not None:
-            raise ConfigError("icarl reads a task again to choose exemplars, and this stream can be read once: set scenario.online=false")
 
     def before_task(self, task: Task) -> None:
         if task.index > 0:

@@ -29,7 +29,6 @@ from torch.nn.functional import cross_entropy
 
 from streamcl.context import Context
 from streamcl.data import Joined
-from streamcl.errors import ConfigError
 from streamcl.nn.expandable import Expandable
 from streamcl.options import NonNegativeFloat, Optimizer, PositiveInt, Schedule
 from streamcl.strategy import GradientStrategy
@@ -37,6 +36,7 @@ from streamcl.stream import Batch, Dataset, StreamInfo, Task
 
 
 class MEMO(GradientStrategy):
+    reads_again = "a task again to choose exemplars"
     targets = ("class",)
     selection = "herding"
     needs_exemplars = True
@@ -59,8 +59,6 @@ class MEMO(GradientStrategy):
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
-        if info.passes is not None:
-            raise ConfigError("memo reads a task again to choose exemplars, and this stream can be read once: set scenario.online=false")
         self.network = self.model.backbone = Expandable(self.model.backbone)
         self.model.remember()
 

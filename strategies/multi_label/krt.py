@@ -82,6 +82,8 @@ class KRT(LabelSets):
         self.cardinality, self.threshold, self.attention, self.dim, self.heads = cardinality, threshold, attention, dim, heads
         self.token_weight, self.replay_labels = token_weight, replay_labels
         self.needs_exemplars = replay_labels is not None
+        if threshold == "dynamic" or replay_labels:
+            self.reads_again = "a task again to tune its threshold and to choose exemplars"
         self.teacher: Model | None = None
         self.eta = FIRST if threshold == "dynamic" else threshold
         self.chance: float | None = None  # that a sample carries a class
@@ -90,11 +92,6 @@ class KRT(LabelSets):
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
-        if info.passes is not None and (self.threshold == "dynamic" or self.replay_labels):
-            raise ConfigError(
-                "krt reads a task again to tune its threshold and to choose exemplars, and this stream can be read once: "
-                "set scenario.online=false"
-            )
         if self.cardinality is not None:
             if info.classes is None or self.cardinality > info.classes:
                 there = "does not say how many classes it has" if info.classes is None else f"has {info.classes} classes"

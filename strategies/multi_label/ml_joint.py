@@ -19,26 +19,19 @@ from streamcl.data import Joined, Subset
 from streamcl.errors import ConfigError
 from streamcl.stream import Dataset, StreamInfo, Task
 
+from .._afresh import Afresh
 from ._label_sets import LabelSets, together
 
 
-class MLJoint(LabelSets):
+class MLJoint(LabelSets, Afresh):
     def __init__(self, *, complete: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.complete = complete
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
-        if info.passes is not None:
-            raise ConfigError("ml_joint reads earlier tasks again, and this stream can be read once: set scenario.online=false")
         if self.replay:
             raise ConfigError("ml_joint learns all samples so far, and replay would bring some of them twice: set strategy.replay=0")
-        self.first = {name: value.clone() for name, value in self.model.backbone.state_dict().items()}
-
-    def before_task(self, task: Task) -> None:
-        self.model.backbone.load_state_dict(self.first)
-        self.model.head.resize(0)
-        self.model.grow(max(task.seen) + 1)
 
     def training_data(self, task: Task) -> Dataset:
         parts = [*(earlier.train for earlier in self.context.earlier), task.train]

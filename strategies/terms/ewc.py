@@ -42,6 +42,7 @@ GRADIENTS = 2**26  # numbers in the gradients of the samples that are gone throu
 
 
 class EWC(Term):
+    reads_again = "a task again to measure the Fisher information"
     alone: ClassVar[dict[str, Any]] = {
         "over": "task",
         "epochs": 180,
@@ -66,10 +67,6 @@ class EWC(Term):
 
     def start(self, strategy: GradientStrategy) -> None:
         super().start(strategy)
-        if strategy.info.passes is not None:
-            raise ConfigError(
-                "ewc reads a task again to measure the Fisher information, and this stream can be read once: set scenario.online=false"
-            )
         if self.fisher == "exact" and strategy.info.target not in EXPECTED:
             raise ConfigError(
                 f"the exact Fisher information is there for {', '.join(EXPECTED)}, and this stream's target is {strategy.info.target}: "
