@@ -189,7 +189,8 @@ class Prediction:
     """What a strategy answers: `scores` (batch, classes seen so far; or values for regression), `texts`, or `images`.
 
     `heads` holds second opinions that are scored beside it. Where a sample may have several labels, scores are logits and `threshold`
-    is the probability from which a label is given. In the online loop `made` says whether it was made before or after the update.
+    is the probability from which a label is given. In the online loop `made` says whether it was made before or after the update, and
+    `version` by which version of the model: 0 is the model as it was deployed.
     """
 
     scores: Tensor | None = None
@@ -199,6 +200,7 @@ class Prediction:
     embeddings: dict[str, Tensor] = field(default_factory=dict)  # modality -> (batch, dim), where a stream is scored by retrieval
     threshold: float | None = None
     made: str = "before"
+    version: int | None = None
 
     def labels(self) -> Tensor | list[str]:
         """The decision: the class with the highest score, for several labels which of them are given, or the text."""

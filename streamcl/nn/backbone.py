@@ -73,6 +73,11 @@ class Backbone(nn.Module, ABC):
         name = type(self).__module__.rpartition(".")[2]
         raise ConfigError(f"the backbone {name} does not keep an encoder for each modality: take fusion")
 
+    def by_modality(self, batch: Batch) -> dict[str, Tensor]:
+        """Features of each modality before they are brought together  # (batch, width), or (batch, tokens, width)"""
+        name = type(self).__module__.rpartition(".")[2]
+        raise ConfigError(f"the backbone {name} has no features of single modalities: take fusion or joint_transformer")
+
     def transformer(self) -> Promptable:
         """The transformer that it is, in parts, for methods that put prompts in between."""
         name = type(self).__module__.rpartition(".")[2]

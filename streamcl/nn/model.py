@@ -97,6 +97,15 @@ class Model(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         return self.head(self.features(batch))
 
+    def both(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits, and the features that they were made from, of one forward pass."""
+        features = self.features(batch)
+        return self.head(features), features
+
+    def by_modality(self, batch: Batch) -> dict[str, Tensor]:
+        """What the backbone makes of each modality before it brings them together  # (batch, ...) each"""
+        return self.backbone.by_modality(batch)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """In evaluation mode for a while; afterwards every part is in the mode that it was in."""

@@ -2,10 +2,13 @@
 
 Each block is a 3x3 convolution, batch normalisation, a ReLU and 2x2 max pooling; a picture of one row or column is not pooled
 further, so that images from 8x8 up pass through any number of blocks. In the end the average over the positions is taken, where the
-few-shot papers flatten them: the features have `width` entries for any size of image. Trained from scratch.
+few-shot papers flatten them: the features have `width` entries for any size of image. Trained from scratch. With `norm: group` there is
+group normalisation (groups of 16 channels, as far as they go) in the place of batch normalisation: no sample is tied to its batch.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
@@ -23,17 +26,22 @@ class _Block(nn.Sequential):
 
 
 class Convnet(Backbone):
-    def __init__(self, *, width: PositiveInt = 64, blocks: PositiveInt = 4, modality: str | None = None) -> None:
+    def __init__(
+        self, *, width: PositiveInt = 64, blocks: PositiveInt = 4, norm: Literal["batch", "group"] = "batch", modality: str | None = None
+    ) -> None:
         super().__init__()
-        self.width, self.blocks, self.modality = width, blocks, modality
+        self.width, self.blocks, self.norm, self.modality = width, blocks, norm, modality
 
     def build(self, info: StreamInfo) -> None:
         self.reads = choose_modality(info, self.modality, ("image",), "convnet")
         channels = [info.modalities[self.reads].shape[0]] + [self.width] * (self.blocks - 1)
-        self.layers = nn.ModuleList(
-            _Block(nn.Conv2d(c, self.width, 3, padding=1, bias=False), nn.BatchNorm2d(self.width)) for c in channels
-        )
+        self.layers = nn.ModuleList(_Block(nn.Conv2d(c, self.width, 3, padding=1, bias=False), self._normalisation()) for c in channels)
         self.dim = self.width
+
+    def _normalisation(self) -> nn.Module:
+        if self.norm == "batch":
+            return nn.BatchNorm2d(self.width)
+        return nn.GroupNorm(self.width // 16 if self.width % 16 == 0 else 1, self.width)
 
     def split(self) -> tuple[nn.Module, nn.Module]:
         return Entry(self.reads, *self.layers[:-1]), Pooled(self.layers[-1])
