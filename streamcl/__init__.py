@@ -10,15 +10,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AdaptingStrategy": "streamcl.adapting",
     "Batch": "streamcl.stream",
     "Engine": "streamcl.engine",
     "GradientStrategy": "streamcl.strategy",
+    "Guard": "streamcl.guard",
+    "OnlineLoop": "streamcl.online_loop",
     "Prediction": "streamcl.stream",
     "Scenario": "streamcl.stream",
     "Strategy": "streamcl.strategy",
     "StreamInfo": "streamcl.stream",
     "Task": "streamcl.stream",
     "load": "streamcl.running",
+    "online": "streamcl.online_loop",
     "run": "streamcl.running",
 }
 __all__ = ["__version__", *_LAZY]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from streamcl.context import Context
 from streamcl.errors import ConfigError
@@ -37,7 +38,8 @@ class AdaptingStrategy(Strategy):
     targets: ClassVar[tuple[str, ...]] = ("class",)
     batch_statistics: ClassVar[bool] = True  # batch normalisation uses the batch at hand
     changes_weights: ClassVar[bool] = True  # False for what changes answers alone, or forgets after each sample: nothing to promote
-    window: ClassVar[int | None] = None  # a method that is defined on windows of samples says how many, and is handed nothing less
+    window: int | None = None  # a method that is defined on windows of samples says how many, and is handed nothing less
+    clip: float | None = None  # the largest norm that the gradients of a step may have
     needs_calibration: ClassVar[str] = ""  # what it wants unlabelled source data for, where it cannot do without
 
     def __init__(
@@ -71,12 +73,17 @@ class AdaptingStrategy(Strategy):
             self.step(loss)
         else:
             self.count("skipped")
-        return self.forward(batch) if self.answer == "after" else logits.detach()
+        return self.again(batch) if self.answer == "after" else logits.detach()
 
     def forward(self, batch: Batch) -> Tensor:
         """The answer of the model as it is now, without a graph  # (batch, classes)"""
         with torch.no_grad():
             return self.model(batch)
+
+    def again(self, batch: Batch) -> Tensor:
+        """The answer to a batch after the update from it. Its statistics were taken in already, where they are gathered."""
+        with self.statistics(gather=False):
+            return self.forward(batch)
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Unlabelled data of the source, before anything is served: prepared batches."""
@@ -103,7 +110,7 @@ class AdaptingStrategy(Strategy):
             )
         self.layers = batch_norms(self.model)
         self.adapted = self.parameters()
-        if self.changes_weights and not self.adapted:
+        if not self.can_adapt():
             raise ConfigError(self.nothing_to_adapt())
         self.model.eval().requires_grad_(False)
         for value in self.adapted.values():
@@ -113,6 +120,10 @@ class AdaptingStrategy(Strategy):
         self.scaler = torch.amp.GradScaler(context.device.type) if context.precision == "float16" else None
         self._random = context.generator.get_state()
         self._fresh = self.own_state()
+
+    def can_adapt(self) -> bool:
+        """Whether the model has what this method changes. Asked when `layers` and `adapted` are known."""
+        return bool(self.adapted) or not self.changes_weights
 
     def nothing_to_adapt(self) -> str:
         """The sentence for a model that has none of what this method changes."""
@@ -151,10 +162,12 @@ class AdaptingStrategy(Strategy):
 
     def step(self, loss: Tensor) -> bool:
         """One step of the optimiser on a loss; none, and counted, where the loss or a gradient is not finite."""
-        optimizer = self.optimizer
-        assert optimizer is not None
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.backward(loss)
         return self.apply(loss)
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of a loss, scaled where the precision asks for it, added to those that are there."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def apply(self, loss: Tensor | None = None) -> bool:
         """The optimiser's step on the gradients that are there, unless one of them is not finite; they are gone afterwards."""
@@ -166,6 +179,8 @@ class AdaptingStrategy(Strategy):
         size = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         finite = bool((size if loss is None else size + 0 * loss.detach()).isfinite())
         if finite:
+            if self.clip is not None:
+                nn.utils.clip_grads_with_norm_(self.adapted.values(), self.clip, size)
             optimizer.step() if scaler is None else scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
@@ -173,6 +188,13 @@ class AdaptingStrategy(Strategy):
             value.grad = None
         self.count("updates" if finite else "not_finite")
         return finite
+
+    def correct(self, batch: Batch) -> None:
+        """Learn from samples whose labels came late: one step on their cross-entropy."""
+        if self.optimizer is None or batch.target is None or self.info.target != "class":
+            raise ConfigError(f"{plugin_name(self)} does not learn from labels that come late: it has nothing that it trains")
+        with torch.enable_grad(), self.statistics(gather=False):
+            self.step(cross_entropy(self.model(batch), batch.target))
 
     def count(self, what: str, number: int = 1) -> None:
         """What happened, for the figures of the loop: updates, skipped, not_finite, kept, and what a method adds."""

@@ -442,7 +442,8 @@ class _Checker:
                     self.wrong(node.keys.get(key, given.place), f"{path}.{key}", f"the name {name.value!r} says this already")
                 given = Node(implied[key], name.place)
             if given:
-                spec.options[key], spec.positions[key] = self.value(types[key], given, f"{path}.{key}"), str(place_of(given, ""))
+                whole = _filled(given, option.default, name.place)
+                spec.options[key], spec.positions[key] = self.value(types[key], whole, f"{path}.{key}"), str(place_of(given, ""))
             elif option.default is REQUIRED:
                 self.wrong(name.place, f"{path}.{key}", f"is missing: {plugin.name} needs {describe(types[key])} here")
             else:
@@ -485,6 +486,16 @@ class _Checker:
         for _, message in trial.problems:
             self.wrong(place, path, f"{option.where}: {message}")
         return value
+
+
+def _filled(given: Node, default: Any, place: Place) -> Node:
+    """What is given of settings that have a name (an optimiser), with the rest of the option's own default where the name is the same."""
+    if not isinstance(default, dict) or "name" not in default or not isinstance(given.value, dict):
+        return given
+    if "name" in given.value and given.value["name"].value != default["name"]:
+        return given
+    own = {key: from_plain(value, place) for key, value in default.items() if key not in given.value}
+    return Node({**own, **given.value}, given.place, given.keys)
 
 
 def _number(value: Any) -> float | None:

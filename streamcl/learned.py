@@ -71,7 +71,7 @@ class Learned:
         A mapping of the stream's modalities, or the one modality bare. Images may be laid out as files of arrays may be: with the
         channels first or last, or without where there is one.
         """
-        batch = self._batch(inputs)
+        batch = self.batch(inputs)
         found = [self.answer(batch[start : start + CHUNK]).scores for start in range(0, len(batch), CHUNK)]
         if any(scores is None for scores in found):
             raise DataError("this model answers with something else than scores for classes")
@@ -101,7 +101,9 @@ class Learned:
             return scores.squeeze(1).tolist() if scores.shape[1] == 1 else scores.tolist()
         return [self.classes[label] for label in scores.argmax(dim=1).tolist()]
 
-    def _batch(self, inputs: Any) -> Batch:
+    def batch(self, inputs: Any, present: Mapping[str, Tensor] | None = None) -> Batch:
+        """Raw inputs, checked, as a batch of the stream; DataError says what is wrong with them. `present` says which samples have a
+        modality, where some have not: what is given for those that lack it is not read."""
         modalities = self.info.modalities
         takes = f"this model takes {described(modalities)}"
         if not isinstance(inputs, Mapping):
@@ -114,7 +116,11 @@ class Learned:
         counts = {name: len(column) for name, column in columns.items()}
         if len(set(counts.values())) > 1:
             raise DataError(f"the modalities are of different lengths: {', '.join(f'{name} {count}' for name, count in counts.items())}")
-        batch = Batch(columns, None, torch.arange(next(iter(counts.values()))))
+        count = next(iter(counts.values()))
+        for name, mask in (present or {}).items():
+            if name not in modalities or mask.shape != (count,) or mask.dtype != torch.bool:
+                raise DataError(f"present must say of each of the {count} samples whether it has a modality ({', '.join(modalities)})")
+        batch = Batch(columns, None, torch.arange(count), dict(present) if present else None)
         check_inputs(batch, self.info, "the inputs")
         return batch
 

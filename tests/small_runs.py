@@ -125,7 +125,7 @@ TEST_TIME: dict[str, Any] = {
         "batch": 32,
     },
     "model": {
-        "backbone": {"name": "mlp", "hidden": [32]},
+        "backbone": {"name": "convnet", "width": 8, "blocks": 2},
         "pretrain": {
             "scenario": {"name": "class_incremental", "data": "digits", "tasks": 1},
             "strategy": {"name": "finetune", "epochs": 2},

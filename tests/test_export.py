@@ -40,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def same_answers(one: Any, other: Any, inputs: Any) -> bool:
-    batch = one._batch(inputs)
+    batch = one.batch(inputs)
     mine, theirs = one.answer(batch), other.answer(batch)
     heads = mine.heads.keys() == theirs.heads.keys() and all(torch.equal(mine.heads[name], theirs.heads[name]) for name in mine.heads)
     return (

@@ -1,0 +1,216 @@
+"""The guard of the online loop: what it watches without a label, and when it steps in.
+
+On a share of the batches three answers are compared, that of the model that adapts (A), that of the source's weights under the statistics
+of the batch, or whatever else the method normalises by (R), and that of the model as it was deployed (F).
+
+statistics   Entropy is no judge of a model that was trained to lower it, but R and F have the same weights. Where R is less certain
+             than F (a paired difference over the newest samples, beyond `z` standard errors), the statistics of the batch do harm, as they
+             do where the samples of a batch are of one class: F is served until R is the more certain one again. Models without batch
+             normalisation have R = F, and nothing to choose between.
+drift        The share of samples in which A and R decide differently may be `disagreement`, and `slack` times the share of which R
+             itself is unsure (1 minus its mean confidence). Beyond it, adapting has gone astray: the earliest sign of a collapse.
+diversity    The entropy of the classes that A decided for over the newest samples is not below `diversity` of that of R, and no class
+             has `share` more of A's decisions than of R's. R is the yardstick, so that a stream sorted by class is no alarm.
+fisher       With calibration data: half the squared distance to the source's weights in the Fisher metric of the source, in nats
+             (the divergence of the answers, to second order), stays under `drift`.
+canary       With labelled samples: their accuracy does not fall more than `drop` below that of the deployed model.
+feedback     With labels that come late: the answers that were served are not worse than the deployed model's on the same samples, beyond
+             `drop` and two standard errors.
+not finite   Answers that are not finite are never served. A step whose loss or gradient is not finite is not made at all.
+
+What drift, diversity, fisher and canary say is a strike. The first ones restore the last state that the guard was content with, and updates
+rest for `cooldown` batches; after `strikes` of them the source's weights are restored and adapting stops: R or F are served, and it is
+tried again after `retry` batches, then after twice as many, and so on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from streamcl.errors import ConfigError
+
+Remedy = Literal["restore", "bypass"]
+NOTHING = 0.01  # nats: a difference in certainty that is no reason to exchange what is served
+
+
+class Guard:
+    """The limits that a guard watches over, and what it has seen. One guard belongs to one loop."""
+
+    def __init__(
+        self,
+        *,
+        compare: int = 4,
+        memory: int = 256,
+        z: float = 2.0,
+        disagreement: float = 0.1,
+        slack: float = 1.0,
+        diversity: float = 0.7,
+        share: float = 0.3,
+        drift: float = 1.0,
+        drop: float = 0.02,
+        canary_every: int = 16,
+        strikes: int = 2,
+        cooldown: int = 8,
+        retry: int | None = 200,
+    ) -> None:
+        for name, number in (("compare", compare), ("memory", memory), ("canary_every", canary_every), ("strikes", strikes)):
+            if number < 1:
+                raise ConfigError(f"guard: {name} is {number}: 1 or more is needed")
+        self.compare, self.memory, self.z = compare, memory, z
+        self.disagreement, self.slack, self.diversity, self.share = disagreement, slack, diversity, share
+        self.drift, self.drop, self.canary_every = drift, drop, canary_every
+        self.limit, self.cooldown, self.retry = strikes, cooldown, retry
+        self.struck = 0  # strikes since the last restart
+        self.bypasses = 0
+        self.until: int | None = None  # the batch at which adapting is tried again; None while it goes on, or for ever
+        self.bypassing = False
+        self.prefers_frozen = False
+        self.alert = True  # whether every batch is compared: at the beginning, after a restart, and while something is near its limit
+        self.figures: dict[str, float] = {}
+        self.canary_source: float | None = None
+        self._sums: Tensor | None = None
+
+    def due(self, number: int) -> bool:
+        """Whether this batch is compared."""
+        return self.alert or self.prefers_frozen or number % self.compare == 0
+
+    def look(self, answered: Tensor, reference: Tensor, frozen: Tensor, target: str = "class") -> str | None:
+        """Take in three answers to one batch, and say what is wrong, if anything is."""
+        now = (_signals if target == "class" else _distances)(answered.float(), reference.float(), frozen.float()).cpu()
+        if not bool(now.isfinite().all()):
+            return "an answer is not finite"
+        count = len(answered)
+        kept = math.exp(-count / self.memory)
+        self._sums = now if self._sums is None else kept * self._sums + now
+        samples, differs, unsure, lower, squared, certain_a, certain_f = self._sums[:7].tolist()
+        mine, yours = self._sums[7:].view(2, -1)
+        mean = lower / samples
+        error = math.sqrt(max(0.0, squared / samples - mean**2) / samples)
+        limit = self.disagreement + self.slack * unsure / samples
+        spread, usual = _spread(mine), _spread(yours)
+        lead = float(((mine - yours) / samples).max()) if len(mine) else 0.0
+        self.figures = {
+            "disagreement": differs / samples,
+            "limit": limit,
+            "entropy": certain_a / samples,
+            "entropy_frozen": certain_f / samples,
+            "statistics": mean,
+            "diversity": spread,
+            "diversity_source": usual,
+        }
+        if abs(mean) > self.z * error + NOTHING:
+            self.prefers_frozen = mean > 0
+        enough = samples >= min(32, self.memory / 2)
+        self.alert = not enough or differs / samples > 0.6 * limit
+        if enough and differs / samples > limit:
+            return f"drift: {differs / samples:.0%} of the decisions differ from the source's, and {limit:.0%} may"
+        if enough and samples >= 64 and spread < self.diversity * usual and usual > 0.1:
+            return f"diversity: the decisions spread over classes with an entropy of {spread:.2f}, the source's with {usual:.2f}"
+        if enough and samples >= 64 and lead > self.share:
+            return f"diversity: one class has {lead:.0%} more of the decisions than the source gives it"
+        return None
+
+    def look_at_canary(self, accuracy: float, samples: int) -> str | None:
+        """What is wrong with this accuracy on the canary, if anything is."""
+        self.figures["canary"] = accuracy
+        assert self.canary_source is not None
+        if accuracy < self.canary_source - max(self.drop, 1.5 / samples):
+            return f"canary: {accuracy:.1%} of the labelled samples are right, and {self.canary_source:.1%} were with the deployed model"
+        return None
+
+    def look_at_drift(self, distance: float) -> str | None:
+        """What is wrong with this distance to the source in nats, if anything is."""
+        self.figures["fisher"] = distance
+        return (
+            f"fisher: the weights are {distance:.2f} nats from the source's, and {self.drift:g} may be" if distance > self.drift else None
+        )
+
+    def strike(self, number: int) -> Remedy:
+        """What to do about it, at this batch."""
+        self.struck += 1
+        self.forget()
+        if self.struck < self.limit:
+            return "restore"
+        self.bypassing, self.bypasses = True, self.bypasses + 1
+        self.until = None if self.retry is None else number + self.retry * 2 ** (self.bypasses - 1)
+        return "bypass"
+
+    def retries(self, number: int) -> bool:
+        """Whether adapting, which was stopped, is tried again at this batch; then it is."""
+        if not self.bypassing or self.until is None or number < self.until:
+            return False
+        self.bypassing, self.until, self.struck = False, None, self.limit - 1
+        self.forget()
+        return True
+
+    def forget(self) -> None:
+        """What was seen is of a model that is no longer there; the choice of statistics stays as it is."""
+        self._sums, self.alert = None, True
+
+    def restart(self) -> None:
+        """As at the beginning."""
+        self.struck = self.bypasses = 0
+        self.bypassing, self.until, self.prefers_frozen = False, None, False
+        self._sums, self.alert, self.figures = None, True, {}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "struck": self.struck,
+            "bypasses": self.bypasses,
+            "until": self.until,
+            "bypassing": self.bypassing,
+            "prefers_frozen": self.prefers_frozen,
+            "alert": self.alert,
+            "figures": dict(self.figures),
+            "canary_source": self.canary_source,
+            "sums": None if self._sums is None else self._sums.clone(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for name in ("struck", "bypasses", "until", "bypassing", "prefers_frozen", "alert", "canary_source"):
+            setattr(self, name, state[name])
+        self.figures, sums = dict(state["figures"]), state["sums"]
+        self._sums = None if sums is None else sums.clone()
+
+
+def _signals(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
+    """Sums over a batch: samples, decisions that differ, how unsure R is, H(R) - H(F) and its square, H(A), H(F), decisions by class of A
+    and of R."""
+    log_a, log_r, log_f = a.log_softmax(1), r.log_softmax(1), f.log_softmax(1)
+    h_a, h_r, h_f = (-(log.exp() * log).sum(1) for log in (log_a, log_r, log_f))
+    said, usual = a.argmax(1), r.argmax(1)
+    lower, classes = h_r - h_f, a.shape[1]
+    sums = torch.stack(
+        [
+            torch.full_like(h_a[0], len(a)),
+            (said != usual).sum().to(h_a.dtype),
+            (1 - log_r.max(1).values.exp()).sum(),
+            lower.sum(),
+            (lower**2).sum(),
+            h_a.sum(),
+            h_f.sum(),
+        ]
+    )
+    counts = [
+        torch.zeros(classes, device=a.device, dtype=h_a.dtype).scatter_add_(0, which, torch.ones_like(h_a)) for which in (said, usual)
+    ]
+    return torch.cat([sums, *counts]).double()
+
+
+def _distances(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
+    """The same of values: a sample counts as differing by its distance in standard deviations of R, and nothing is known of certainty."""
+    scale = r.std(unbiased=False) + 1e-6
+    zero = torch.zeros((), device=a.device)
+    differs = ((a - r).abs() / scale).mean(1).clamp(max=1).sum()
+    return torch.stack([zero + len(a), differs, zero, zero, zero, zero, zero]).double()
+
+
+def _spread(counts: Tensor) -> float:
+    """The entropy of decisions by class."""
+    shares = counts / counts.sum().clamp(min=1e-12)
+    return float(-(shares * (shares + 1e-12).log()).sum()) if len(counts) else 0.0

@@ -1,0 +1,812 @@
+"""The online loop: a deployed model answers each batch that it is served, and adapts to it, under guard.
+
+    loop = streamcl.online(model, strategy="tent")
+    for x in traffic:
+        answer = loop(x)            # answer.scores, answer.labels(), answer.made, answer.version
+
+`inline` serves the model that adapts. `shadow` serves a model that changes only when a new version is promoted: a copy adapts, of which
+only the adapted tensors are its own. Version 0 is the model as it was deployed.
+
+Without labels nothing can be guaranteed about accuracy. What the guard watches, and what it does, is in `streamcl/guard.py`; what it
+reached on every stream and with every method stands in docs/results/online.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from streamcl.adapting import AdaptingStrategy, copied
+from streamcl.config import PluginSpec, plugin_spec
+from streamcl.context import PRECISIONS, Context
+from streamcl.deployed import Deployed, Forward, wrapped
+from streamcl.errors import ConfigError, DataError
+from streamcl.events import Events
+from streamcl.guard import Guard
+from streamcl.learned import Learned
+from streamcl.nn.norms import Gathered, exchanged, with_values
+from streamcl.plugins import find
+from streamcl.preparing import Preparation
+from streamcl.strategy import plugin_name
+from streamcl.stream import Batch, Prediction, StreamInfo, asked
+
+Mode = Literal["inline", "shadow"]
+AGAIN = 100  # batches after which a latency budget that adapting exceeds is tried again
+REMEMBERED = 256  # batches whose answers wait for their labels
+FEEDBACK, FEWEST = 256, 32  # the labelled answers that are compared with the deployed model's: the newest, and not less than
+TOLD = 200  # events that `status` shows
+
+
+@dataclass
+class Version:
+    """A model that can be gone back to: all that adapting had changed, and, in shadow mode, the tensors that are served."""
+
+    number: int
+    batch: int  # how many batches the loop had seen
+    snapshot: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+class OnlineLoop:
+    """Serve and adapt. `strategy` is started on the model that adapts; `served` answers in shadow mode.
+
+    `every`: learn from every n-th batch. `window`: a batch smaller than a quarter of it is joined with the samples before it, so that
+    statistics of a batch mean something, and there is one update for as many new samples as the window has. `budget`: milliseconds that
+    one call may take; a batch whose update would take longer is only answered. `keep` versions can be rolled back to, and a version is
+    promoted after `promote` updates, when the guard is content. `remember` samples are kept for labels that come late.
+    """
+
+    def __init__(
+        self,
+        strategy: AdaptingStrategy,
+        *,
+        served: nn.Module | None = None,
+        prepare: Callable[[Any], Batch] | None = None,
+        mode: Mode = "inline",
+        guard: Guard | None = None,
+        every: int = 1,
+        window: int | None = None,
+        budget: float | None = None,
+        keep: int = 5,
+        promote: int = 8,
+        remember: int = 0,
+        canary: Sequence[Batch] = (),
+    ) -> None:
+        if mode == "shadow" and served is None:
+            raise ConfigError("shadow mode serves one model while another adapts: streamcl.online makes both")
+        if mode == "shadow" and not strategy.changes_weights:
+            raise ConfigError(
+                f"{plugin_name(strategy)} changes answers and no weights: there is nothing that shadow mode could promote, take mode inline"
+            )
+        for name, number in (("every", every), ("keep", keep), ("promote", promote)):
+            if number < 1:
+                raise ConfigError(f"online: {name} is {number}: 1 or more is needed")
+        self.strategy, self.context, self.mode, self.guard = strategy, strategy.context, mode, guard
+        self.model = strategy.model
+        self.served: nn.Module = served if served is not None else strategy.model
+        self.prepare = prepare or (lambda batch: batch)
+        self.every, self.window, self.budget, self.promote_after, self.remember = every, window or 0, budget, promote, remember
+        self.version = self.newest = 0
+        self.batches = self.samples = 0  # batches that passed the model which adapts, and samples that were answered
+        self.cooling = 0  # batches that are still to be answered without an update
+        self.counts: dict[str, int] = {}
+        self.happened: deque[dict[str, Any]] = deque(maxlen=TOLD)
+        self._serving, self._learning = threading.RLock(), threading.RLock()
+        self._recent: Batch | None = None  # the newest samples, up to a window of them
+        self._new = 0  # how many of them no update has seen
+        self._costs: dict[str, float] = {}  # milliseconds of answering and of adapting
+        self._tried = 0  # the batch at which the budget was last tried
+        self._since = 0  # updates since the last version
+        self._answers: deque[tuple[Tensor, Tensor, Tensor | None]] = deque(maxlen=REMEMBERED)
+        self._waiting: deque[Batch] = deque()  # samples that may yet be labelled
+        self._labelled: deque[tuple[bool, bool]] = deque(maxlen=FEEDBACK)  # whether the answer was right, and the deployed model's
+        self._known = {"labelled": 0, "right": 0, "unknown": 0}
+        if mode == "shadow" and self._by_batch:
+            strategy.gathered = Gathered(strategy.layers)
+        self.versions: deque[Version] = deque(maxlen=keep)
+        self._deployed = self._named(self.served) if mode == "shadow" else {}
+        self._fisher: dict[str, Tensor] = {}
+        self._canary_at = 0
+        self.canary: list[Batch] = []
+        if canary:
+            self.watch(canary)
+
+    @property
+    def _by_batch(self) -> bool:
+        """Whether what the model answers depends on the statistics of the batch."""
+        return bool(self.strategy.layers) and self.strategy.batch_statistics
+
+    # -- serving ----------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, given: Any) -> Prediction:
+        """Answer a batch and adapt to it."""
+        with self._entered():
+            batch = self._take(given)
+            if self.mode == "shadow":
+                prediction, frozen = self._answer(batch), None
+                self._pass(batch, learn=True)
+            else:
+                prediction, frozen = self._pass(batch, learn=True)
+            return self._served(batch, prediction, frozen)
+
+    def predict(self, given: Any) -> Prediction:
+        """Answer a batch with the model that is served, and learn nothing from it. In shadow mode any thread may, at any time."""
+        with self._entered(learning=self.mode == "inline"):
+            batch = self._take(given)
+            prediction, frozen = (self._answer(batch), None) if self.mode == "shadow" else self._pass(batch, learn=False)
+            return self._served(batch, prediction, frozen)
+
+    def learn(self, given: Any) -> None:
+        """Adapt to a batch that was answered before. In shadow mode another thread than the one that answers may do this."""
+        with self._entered():
+            self._pass(self._take(given), learn=True)
+
+    def frozen(self, given: Any) -> Prediction:
+        """What the model as it was deployed says of a batch."""
+        with self._entered():
+            return self._made(self._frozen(self._take(given)), 0)
+
+    @contextmanager
+    def _entered(self, learning: bool = True) -> Iterator[None]:
+        """Whatever the caller has switched off or on: graphs can be made in here, and the model is in evaluation mode."""
+        with torch.inference_mode(False), torch.no_grad(), self._learning if learning else nullcontext(), self.context.autocast():
+            if self.model.training:
+                self.model.eval()
+            yield
+
+    def _take(self, given: Any) -> Batch:
+        batch = self.prepare(given)
+        if len(batch) == 0:
+            raise DataError("the batch is empty: give at least one sample")
+        if any(isinstance(values, Tensor) and values.is_inference() for values in batch.inputs.values()):
+            inputs = {name: values.clone() if isinstance(values, Tensor) else values for name, values in batch.inputs.items()}
+            batch = batch.replace(inputs=inputs)
+        return batch
+
+    def _answer(self, batch: Batch) -> Prediction:
+        """By the version that is served, in shadow mode: for each sample alone, whatever else is in the batch."""
+        with self._serving:
+            return self._made(self.served(batch), self.version)
+
+    def _made(self, scores: Tensor, version: int) -> Prediction:
+        info = self.strategy.info
+        return Prediction(scores, threshold=info.threshold if info.target == "labels" else None, made="before", version=version)
+
+    def _served(self, batch: Batch, prediction: Prediction, frozen: Tensor | None) -> Prediction:
+        self.samples += len(batch)
+        assert prediction.scores is not None
+        if self.strategy.info.target == "class":
+            decided = prediction.scores.argmax(dim=1)
+            self._answers.append((batch.ids, decided, None if frozen is None else frozen.argmax(dim=1)))
+        if self.remember and self.strategy.info.target == "class":
+            self._waiting.append(batch)
+            while sum(len(one) for one in self._waiting) - len(self._waiting[0]) >= self.remember:
+                self._waiting.popleft()
+        return prediction
+
+    # -- adapting ---------------------------------------------------------------------------------------------------------------
+
+    def _pass(self, batch: Batch, learn: bool) -> tuple[Prediction, Tensor | None]:
+        """Answer with the model that adapts, learn where that is due, and let the guard look. Also the deployed model's answer, if made."""
+        guard, strategy, number = self.guard, self.strategy, self.batches
+        self.batches = number + 1
+        if guard is not None and guard.retries(number):
+            self._tell("retry", "adapting is tried again")
+        asked_of, lesson = self._windows(batch)
+        if asked_of is None:  # the statistics of so few samples would say nothing
+            scores = self._frozen(batch)
+            return self._made(scores, 0), scores
+        resting = guard is not None and (guard.bypassing or guard.prefers_frozen or self.cooling > 0)
+        self.cooling = max(0, self.cooling - 1)
+        if not learn or resting or not self._affordable(number):
+            lesson = None
+        version, reference = self.version, None
+        if guard is not None and guard.bypassing:
+            reference = strategy.reference(asked_of)
+            prediction = self._made(reference, 0)
+        elif lesson is asked_of:
+            prediction = self._adapted(lesson)
+            prediction.version = version if prediction.made == "before" else self.version
+        else:
+            prediction = self._timed("answer", strategy.predict, asked_of)
+            prediction.version = version
+            if lesson is not None:
+                self._adapted(lesson)
+        frozen: Tensor | None = None
+        if guard is not None:
+            prediction, frozen = self._guarded(asked_of, prediction, reference, number)
+        elif self.mode == "shadow" and self._since >= self.promote_after:
+            self._publish("after so many updates")
+        if len(asked_of) > len(batch):
+            rows = slice(len(asked_of) - len(batch), None)
+            assert prediction.scores is not None
+            prediction = replace(prediction, scores=prediction.scores[rows])
+            frozen = None if frozen is None else frozen[rows]
+        return prediction, frozen
+
+    def _windows(self, batch: Batch) -> tuple[Batch | None, Batch | None]:
+        """What is answered: the batch, or the newest samples with it at the end (None while there are too few); and what is learned from:
+        the same, a window of samples that no update has seen, or nothing yet."""
+        whole = self.strategy.window
+        size = whole or self.window
+        if whole is None and len(batch) * 4 >= size:
+            return batch, batch
+        recent = batch if self._recent is None else Batch.cat([self._recent, batch])
+        self._new += len(batch)
+        full = self._new >= size
+        if whole is not None:
+            self._recent, self._new = (None, 0) if full else (recent, self._new)
+            return batch, recent if full else None
+        self._recent = recent = recent[max(0, len(recent) - size) :]
+        if full:
+            self._new = 0
+        if not self._by_batch:
+            return batch, recent if full else None
+        return (recent if len(recent) == size else None), (recent if full else None)
+
+    def _affordable(self, number: int) -> bool:
+        if number % self.every:
+            return False
+        if self.budget is not None and self._costs.get("adapt", 0.0) > self.budget:
+            if number - self._tried < AGAIN:
+                self._count("over_budget")
+                return False
+            self._tried = number
+        return True
+
+    def _adapted(self, batch: Batch) -> Prediction:
+        before = self.strategy.counts.get("updates", 0)
+        prediction: Prediction = self._timed("adapt", self.strategy.adapt, batch)
+        made = self.strategy.counts.get("updates", 0) - before
+        self._since += made
+        if made and self.mode == "inline":
+            self.newest += 1
+            self.version = self.newest
+        self._count("adapted", len(batch))
+        return prediction
+
+    def _timed(self, what: str, do: Callable[[Batch], Any], batch: Batch) -> Any:
+        """Do it, and keep how long it takes where somebody set a budget; a device is waited for only then."""
+        if self.budget is None:
+            return do(batch)
+        begun = time.perf_counter()
+        done = do(batch)
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize(self.context.device)
+        taken = 1000 * (time.perf_counter() - begun)
+        self._costs[what] = taken if what not in self._costs else 0.8 * self._costs[what] + 0.2 * taken
+        return done
+
+    def _frozen(self, batch: Batch) -> Tensor:
+        with with_values(self.model, self.strategy.source):
+            return self.model(batch)
+
+    # -- the guard --------------------------------------------------------------------------------------------------------------
+
+    def _guarded(self, batch: Batch, prediction: Prediction, reference: Tensor | None, number: int) -> tuple[Prediction, Tensor | None]:
+        """What is served after the guard has looked, and the deployed model's answer where it was made."""
+        guard = self.guard
+        assert guard is not None and prediction.scores is not None
+        due = guard.due(number) or (self.mode == "shadow" and self._since >= self.promote_after)
+        if not due and bool(prediction.scores.isfinite().all()):
+            return prediction, None
+        frozen = self._frozen(batch)
+        answered, reference = self._compared(batch, prediction.scores, reference, frozen)
+        preferred = guard.prefers_frozen
+        reason = guard.look(answered, reference, frozen, self.strategy.info.target)
+        if reason is None and not guard.bypassing:
+            reason = self._further(number)
+        if guard.prefers_frozen != preferred:
+            chosen = "the deployed model is more certain without them" if guard.prefers_frozen else "they make the model more certain again"
+            self._tell("statistics", f"statistics of the batch: {chosen}", serves="frozen" if guard.prefers_frozen else "adapting")
+            if guard.prefers_frozen and self.mode == "shadow":
+                self.serve(0, {})
+        if reason is not None and not guard.bypassing:
+            self._strike(reason, number)
+            prediction = self._made(reference, 0)
+        elif not guard.bypassing and not guard.prefers_frozen and not guard.alert:
+            self._content()
+        assert prediction.scores is not None
+        if guard.prefers_frozen or not bool(prediction.scores.isfinite().all()):
+            prediction = self._made(frozen, 0)
+        return prediction, frozen
+
+    def _compared(self, batch: Batch, answered: Tensor, reference: Tensor | None, frozen: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model that adapts says, or the one that would be promoted; and the source's weights under the same statistics."""
+        strategy = self.strategy
+        if self.mode == "shadow":
+            with with_values(self.model, self._candidate()):
+                answered = self.model(batch)
+            if strategy.gathered is None:
+                return answered, frozen
+            with with_values(self.model, {**strategy.source, **strategy.gathered.values}):
+                return answered, self.model(batch)
+        if reference is None:
+            reference = strategy.reference(batch) if self._by_batch else frozen
+        return answered, reference
+
+    def _further(self, number: int) -> str | None:
+        """What the canary, late labels and the distance to the source say."""
+        guard, reason = self.guard, None
+        assert guard is not None
+        if self._fisher:
+            reason = guard.look_at_drift(self.distance())
+        if reason is None and self.canary and number - self._canary_at >= guard.canary_every:
+            self._canary_at = number
+            reason = guard.look_at_canary(self._on_canary(self._as_served), sum(len(one) for one in self.canary))
+        if reason is None and len(self._labelled) >= FEWEST:
+            ours, theirs = (sum(float(one[which]) for one in self._labelled) / len(self._labelled) for which in (0, 1))
+            apart = sum(one[0] != one[1] for one in self._labelled)
+            if theirs - ours > max(guard.drop, 2 * apart**0.5 / len(self._labelled)):
+                self._labelled.clear()
+                reason = f"feedback: {ours:.1%} of the labelled answers were right, and {theirs:.1%} of the deployed model's"
+        return reason
+
+    def _as_served(self, batch: Batch) -> Tensor:
+        if self.mode == "shadow":
+            with with_values(self.model, self._candidate()):
+                return self.model(batch)
+        scores = self.strategy.predict(batch).scores
+        assert scores is not None
+        return scores
+
+    def _on_canary(self, answer: Callable[[Batch], Tensor]) -> float:
+        right = sum(int(answer(one).argmax(dim=1).eq(one.target).sum()) for one in self.canary if one.target is not None)
+        return right / sum(len(one) for one in self.canary)
+
+    def distance(self) -> float:
+        """Half the squared distance of the adapted tensors to the source's in the Fisher metric of the source, in nats."""
+        strategy = self.strategy
+        parts = [(w * (strategy.adapted[name].detach() - strategy.source[name]) ** 2).sum() for name, w in self._fisher.items()]
+        return 0.5 * float(torch.stack(parts).sum())
+
+    def _strike(self, reason: str, number: int) -> None:
+        guard = self.guard
+        assert guard is not None
+        remedy = guard.strike(number)
+        good = self.versions[-1] if self.versions and remedy == "restore" else None
+        if good is not None:
+            self.strategy.rewind(good.snapshot)
+            self.versions.pop()  # should it come to the same again, it is the one before
+        else:
+            self.strategy.reset()
+        self.cooling, self._since = guard.cooldown, 0
+        if self.mode == "shadow":
+            before = self.versions[-1] if self.versions and remedy == "restore" else None
+            self.serve(before.number if before else 0, before.weights if before else {})
+        else:
+            self.version = good.number if good else 0
+        to = f"version {good.number}" if good else "the deployed model"
+        told = f"{reason}; {to} is restored" + ("" if remedy == "restore" else ", and adapting stops")
+        self._tell(remedy, told, version=self.version)
+
+    def _content(self) -> None:
+        """The guard finds nothing: what is there can be gone back to, and in shadow mode it is promoted."""
+        if self._since >= self.promote_after:
+            self._publish("the guard is content")
+
+    # -- versions ---------------------------------------------------------------------------------------------------------------
+
+    def _named(self, model: nn.Module) -> dict[str, Tensor]:
+        """The deployed model's own tensors of those that a version exchanges."""
+        values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: values[name].detach() for name in self._candidate()}
+
+    def _candidate(self) -> dict[str, Tensor]:
+        gathered = self.strategy.gathered
+        return {**self.strategy.weights(), **(gathered.values if gathered is not None else {})}
+
+    def _publish(self, reason: str) -> int:
+        """A new version: in shadow mode it is served from now on, inline it is one more to go back to."""
+        self._since = 0
+        if self.mode == "shadow":
+            self.newest += 1
+            weights = copied(self._candidate())
+            self.serve(self.newest, weights)
+        else:
+            weights = {}
+        self.versions.append(Version(self.version, self.batches, self.strategy.snapshot(), weights))
+        if self.mode == "shadow":
+            self._tell("promoted", reason, version=self.version)
+        return self.version
+
+    def serve(self, number: int, weights: Mapping[str, Tensor]) -> None:
+        """In shadow mode: answer with these tensors in the place of the deployed model's, as this version; none for version 0."""
+        with self._serving:
+            exchanged(self.served, {**self._deployed, **weights})
+            self.version = number
+
+    def promote(self) -> int:
+        """Serve what has been learned so far as a new version, whatever the guard thinks; inline: keep it to go back to. Its number."""
+        with self._entered():
+            if any(not bool(value.isfinite().all()) for value in self._candidate().values()):
+                raise ConfigError("what was learned holds values that are not finite, and is not promoted: roll back or reset first")
+            return self._publish("asked for")
+
+    def rollback(self, version: int | None = None) -> int:
+        """Go back to the version before the one that is served, or to a numbered one; 0 is the model as it was deployed. Its number."""
+        with self._entered():
+            there = [one for one in self.versions if one.number < self.version] if version is None else self.versions
+            chosen = next((one for one in reversed(there) if version is None or one.number == version), None)
+            if chosen is None and version not in (None, 0):
+                known = ", ".join(str(number) for number in [0, *(one.number for one in self.versions)])
+                raise ConfigError(f"there is no version {version} to go back to; there {'are' if self.versions else 'is'} {known}")
+            if chosen is None:
+                self.strategy.reset()
+            else:
+                self.strategy.rewind(chosen.snapshot)
+            while self.versions and self.versions[-1].number > (chosen.number if chosen else 0):
+                self.versions.pop()
+            number = chosen.number if chosen else 0
+            if self.mode == "shadow":
+                self.serve(number, chosen.weights if chosen else {})
+            self.version, self._since = number, 0
+            if self.guard is not None:
+                self.guard.forget()
+            self._tell("rollback", "asked for", version=number)
+            return number
+
+    def reset(self) -> None:
+        """Be as deployed: the model, what the method keeps, the guard. Counts and events stay; versions are numbered on."""
+        with self._entered():
+            self.strategy.reset()
+            self.versions.clear()
+            if self.mode == "shadow":
+                self.serve(0, {})
+            self.version = self.cooling = self._since = self._new = 0
+            self._recent = None
+            self._labelled.clear()
+            if self.guard is not None:
+                self.guard.restart()
+            self._tell("reset", "asked for", version=0)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What adapting has changed: the adapted tensors and what the method keeps, never the model. `restore` takes it."""
+        with self._entered():
+            return {"version": self.version, "snapshot": self.strategy.snapshot(), "weights": copied(self.served_weights())}
+
+    def state(self) -> dict[str, Any]:
+        """All that the loop needs to go on where it was, as a tree of tensors and JSON values. `restore` takes it."""
+        with self._entered():
+            recent = self._recent
+            return {
+                "version": self.version,
+                "newest": self.newest,
+                "snapshot": self.strategy.snapshot(),
+                "weights": copied(self.served_weights()),
+                "versions": [
+                    {"number": one.number, "batch": one.batch, "snapshot": one.snapshot, "weights": one.weights} for one in self.versions
+                ],
+                "counts": {"loop": dict(self.counts), "strategy": dict(self.strategy.counts), "known": dict(self._known)},
+                "numbers": [self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at],
+                "recent": None if recent is None else {"inputs": recent.inputs, "ids": recent.ids, "present": recent.present},
+                "labelled": [list(one) for one in self._labelled],
+                "events": [dict(one) for one in self.happened],
+                "guard": None if self.guard is None else self.guard.state(),
+            }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Be as when `state` or `snapshot` was called."""
+        with self._entered():
+            self.strategy.rewind(state["snapshot"])
+            number = int(state["version"])
+            if self.mode == "shadow":
+                self.serve(number, copied(state["weights"]))
+            self.version, self.newest = number, max(self.newest, number)
+            if "versions" not in state:
+                if self.guard is not None:
+                    self.guard.forget()
+                return
+            self.newest = int(state["newest"])
+            self.versions.clear()
+            self.versions.extend(Version(int(v["number"]), int(v["batch"]), v["snapshot"], v["weights"]) for v in state["versions"])
+            counts = state["counts"]
+            self.counts, self.strategy.counts, self._known = dict(counts["loop"]), dict(counts["strategy"]), dict(counts["known"])
+            self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at = state["numbers"]
+            recent = state["recent"]
+            self._recent = (
+                None if recent is None else Batch(dict(recent["inputs"]), None, recent["ids"], recent["present"]).to(self.context.device)
+            )
+            self._labelled.clear()
+            self._labelled.extend((bool(ours), bool(theirs)) for ours, theirs in state["labelled"])
+            self.happened.clear()
+            self.happened.extend(dict(one) for one in state["events"])
+            if self.guard is not None and state["guard"] is not None:
+                self.guard.restore(state["guard"])
+
+    def served_weights(self) -> dict[str, Tensor]:
+        """In shadow mode: the tensors in which the version that is served differs from the deployed model; none for version 0."""
+        if self.mode != "shadow" or self.version == 0:
+            return {}
+        return self._named(self.served)
+
+    # -- labels that come late --------------------------------------------------------------------------------------------------
+
+    def feedback(self, ids: Tensor, targets: Tensor, correct: bool = False) -> dict[str, Any]:
+        """Labels of samples that were answered, by their ids. They are scored, and compared with the deployed model where the samples are
+        still there (`remember`) or were compared anyway; the guard heeds them. With `correct` the model learns from them as well."""
+        with self._entered():
+            if self.strategy.info.target != "class":
+                raise ConfigError("feedback takes classes, and this model's answers are something else")
+            ids, targets = ids.cpu(), targets.cpu()
+            if ids.dim() != 1 or targets.shape != ids.shape or targets.is_floating_point():
+                raise DataError("feedback is one id and one class (a whole number) for each sample")
+            found = 0
+            for known, decided, frozen in self._answers:
+                at, which = _matches(known.cpu(), ids)
+                if not len(at):
+                    continue
+                found += len(at)
+                right = decided.cpu()[at] == targets[which]
+                self._known["labelled"] += len(at)
+                self._known["right"] += int(right.sum())
+                theirs = frozen.cpu()[at] if frozen is not None else self._frozen_on(known[at])
+                if theirs is not None:
+                    self._labelled.extend(zip(right.tolist(), (theirs == targets[which]).tolist(), strict=True))
+            self._known["unknown"] += len(ids) - found
+            learned = self._correct(ids, targets) if correct else 0
+            return {**self._figures_of_labels(), "found": found, "learned": learned}
+
+    def _frozen_on(self, ids: Tensor) -> Tensor | None:
+        """What the deployed model decides for these samples, if all of them are still there."""
+        held = self._held(ids)
+        if held is None or len(held) < len(ids):
+            return None
+        order = {int(one): place for place, one in enumerate(held.ids.tolist())}
+        decided = self._frozen(held).argmax(dim=1).cpu()
+        return decided[torch.tensor([order[one] for one in ids.tolist()])]
+
+    def _held(self, ids: Tensor) -> Batch | None:
+        parts = [one[torch.isin(one.ids, ids.to(one.ids.device)).nonzero().squeeze(1)] for one in self._waiting]
+        parts = [one for one in parts if len(one)]
+        return Batch.cat(parts) if parts else None
+
+    def _correct(self, ids: Tensor, targets: Tensor) -> int:
+        if not self.remember:
+            raise ConfigError("to learn from labels that come late the loop must keep the samples until then: set remember")
+        held = self._held(ids)
+        if held is None:
+            return 0
+        order = {int(one): place for place, one in enumerate(ids.tolist())}
+        rows = torch.tensor([order[one] for one in held.ids.tolist()])
+        self.strategy.correct(held.replace(target=targets[rows].to(held.ids.device)))
+        self._since += 1
+        if self.mode == "inline":
+            self.newest += 1
+            self.version = self.newest
+        return len(held)
+
+    def _figures_of_labels(self) -> dict[str, Any]:
+        labelled, compared = self._known["labelled"], len(self._labelled)
+        return {
+            **self._known,
+            "accuracy": self._known["right"] / labelled if labelled else None,
+            "compared": compared,
+            "recent_accuracy": sum(one[0] for one in self._labelled) / compared if compared else None,
+            "recent_accuracy_frozen": sum(one[1] for one in self._labelled) / compared if compared else None,
+        }
+
+    # -- before, and what is told -----------------------------------------------------------------------------------------------
+
+    def watch(self, canary: Sequence[Batch]) -> None:
+        """Labelled samples, prepared, that decide about promotion and going back."""
+        if self.guard is None:
+            raise ConfigError("a canary is watched by the guard, and there is none: set guard")
+        with self._entered():
+            self.canary = list(canary)
+            self.guard.canary_source = self._on_canary(self._frozen)
+
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        """Unlabelled data of the source: for methods that need it, and for the guard's measure of distance. Before anything is served."""
+        strategy = self.strategy
+        with self._entered():
+            taken = [self._take(one) for one in batches]
+            if not taken:
+                raise DataError("calibration data was given, and there is no batch in it")
+            with torch.enable_grad():
+                strategy.calibrate(iter(taken))
+            strategy.calibrated()
+            if self.guard is None or strategy.info.target != "class" or not strategy.adapted:
+                return
+            total, samples = {name: torch.zeros_like(value) for name, value in strategy.adapted.items()}, 0
+            for batch in taken:  # of batches, which is a lower bound of that of samples by up to the batch's size: so it is scaled
+                with torch.enable_grad():
+                    logits = self.model(batch)
+                    drawn = logits.softmax(dim=1).multinomial(1, generator=_on(logits.device)).squeeze(1)
+                    cross_entropy(logits, drawn).backward()
+                for name, value in strategy.adapted.items():
+                    if value.grad is not None:
+                        total[name] += len(batch) ** 2 * value.grad**2
+                        value.grad = None
+                samples += len(batch)
+            self._fisher = {name: value / samples for name, value in total.items()}
+
+    def status(self) -> dict[str, Any]:
+        """What is going on, in JSON values."""
+        guard, strategy = self.guard, self.strategy
+        return {
+            "mode": self.mode,
+            "strategy": plugin_name(strategy),
+            "version": self.version,
+            "versions": [0, *(one.number for one in self.versions)],
+            "batches": self.batches,
+            "samples": self.samples,
+            "counts": {**strategy.counts, **self.counts},
+            "milliseconds": {name: round(value, 3) for name, value in self._costs.items()},
+            "guard": None
+            if guard is None
+            else {
+                "bypassing": guard.bypassing,
+                "resumes_at": guard.until,
+                "prefers_frozen": guard.prefers_frozen,
+                "strikes": guard.struck,
+                "cooling": self.cooling,
+                **{name: round(value, 5) for name, value in guard.figures.items()},
+            },
+            "feedback": self._figures_of_labels(),
+            "events": [dict(one) for one in self.happened],
+        }
+
+    def _tell(self, kind: str, reason: str, **more: Any) -> None:
+        event = {"batch": self.batches, "what": kind, "reason": reason, **more}
+        self.happened.append(event)
+        self._count(kind)
+        self.context.events.emit("guard", **event)
+
+    def _count(self, what: str, number: int = 1) -> None:
+        self.counts[what] = self.counts.get(what, 0) + number
+
+
+def _matches(known: Tensor, asked_for: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the known ids are asked for, and where each stands among those."""
+    order = asked_for.argsort()
+    place = torch.searchsorted(asked_for[order], known).clamp(max=len(asked_for) - 1)
+    at = (asked_for[order][place] == known).nonzero().squeeze(1)
+    return at, order[place[at]]
+
+
+def _on(device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(0)
+
+
+def online(
+    model: nn.Module | Learned,
+    strategy: str | Mapping[str, Any] | PluginSpec | AdaptingStrategy = "tent",
+    *,
+    mode: Mode = "inline",
+    guard: Guard | Mapping[str, Any] | bool = True,
+    forward: Forward | None = None,
+    calibrate: Iterable[Any] | None = None,
+    canary: Iterable[tuple[Any, Tensor]] | None = None,
+    every: int = 1,
+    window: int | None = 32,
+    budget: float | None = None,
+    keep: int = 5,
+    promote: int = 8,
+    remember: int = 0,
+    target: Literal["class", "value"] = "class",
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    seed: int = 0,
+    events: Events | None = None,
+) -> OnlineLoop:
+    """Put a loop around a deployed model: any torch.nn.Module, or what `streamcl.load` gave.
+
+    `forward` takes the module and the inputs as they are given and returns logits, or logits and features, where the module does not
+    itself. `calibrate` are unlabelled batches of the data that the model was trained on, `canary` labelled ones: (inputs, classes).
+    `target` is value for regression. The other options are those of `OnlineLoop`; `guard` takes a Guard, its options, or False.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}: {', '.join(PRECISIONS)} are there")
+    prepare: Callable[[Any], Batch]
+    if isinstance(model, Learned):
+        if forward is not None:
+            raise ConfigError("a model that streamcl.load gave says itself where its logits come out: leave out `forward`")
+        learned, info = model, replace(model.info, test_time=True)
+        served: nn.Module = learned.model
+        device, precision = learned.context.device, learned.context.precision  # type: ignore[assignment]
+        preparation = learned.context.preparation
+
+        def prepare(given: Any) -> Batch:
+            batch = given if isinstance(given, Batch) else learned.batch(given)
+            return context.prepare(asked(batch, info), train=False)
+
+    else:
+        served, info = wrapped(model, forward), StreamInfo({}, target=target, test_time=True)
+        first = next(iter(served.parameters()), None)
+        device = torch.device("cpu") if first is None else first.device
+        preparation = Preparation(info, {"train": [], "test": []})
+
+        def prepare(given: Any) -> Batch:
+            batch = served.batch(given, loop.samples) if isinstance(served, Deployed) else given
+            if not isinstance(batch, Batch):
+                raise DataError(f"a model of streamcl takes a streamcl Batch, and this is a {type(batch).__name__}")
+            _check_finite(batch)
+            return asked(batch, info).to(device)
+
+    served.eval()
+    flags = [(value, value.requires_grad) for value in served.parameters()]
+    memory = find("memory", "faiss").load()()
+    memory.open(seed, None, device)
+    adapting = served if mode == "inline" else _twin(served)
+    context = Context(adapting, memory, events or Events(), preparation, seed=seed, device=device, precision=precision)  # type: ignore[arg-type]
+    method: Any = strategy
+    if not isinstance(strategy, AdaptingStrategy):
+        spec = strategy if isinstance(strategy, PluginSpec) else plugin_spec("strategy", strategy)
+        method = spec.build()
+    if not isinstance(method, AdaptingStrategy):
+        raise ConfigError(
+            f"{plugin_name(method)} learns from labels: the online loop takes a method of test-time adaptation, tent for one "
+            "(streamcl list strategies)"
+        )
+    method.start(info, context)
+    if mode == "shadow":  # what is adapted becomes the copy's own, the rest stays shared
+        for name in method.adapted:
+            path, _, last = name.rpartition(".")
+            module = adapting.get_submodule(path)
+            module._parameters[last] = nn.Parameter(module._parameters[last].detach().clone())  # type: ignore[union-attr]
+        method.start(info, context)
+        for value, flag in flags:
+            if not any(value is own for own in method.adapted.values()):
+                value.requires_grad_(flag and False)
+    watch = guard if isinstance(guard, Guard) else Guard(**guard) if isinstance(guard, Mapping) else Guard() if guard else None
+    loop = OnlineLoop(
+        method,
+        served=served,
+        prepare=prepare,
+        mode=mode,
+        guard=watch,
+        every=every,
+        window=window,
+        budget=budget,
+        keep=keep,
+        promote=promote,
+        remember=remember,
+        canary=[],
+    )
+    if canary is not None:
+        loop.watch([prepare(inputs).replace(target=_classes(classes, device)) for inputs, classes in canary])
+    if calibrate is not None:
+        loop.calibrate(calibrate)
+    elif method.needs_calibration:
+        raise ConfigError(f"{plugin_name(method)} needs unlabelled data of the source for {method.needs_calibration}: give `calibrate`")
+    return loop
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares every tensor."""
+    shared: dict[int, Any] = {id(value): value for value in [*model.parameters(), *model.buffers()]}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:
+        raise ConfigError(f"shadow mode needs a copy of the modules, and this model cannot be copied ({error}): take mode inline") from None
+
+
+def _check_finite(batch: Batch) -> None:
+    for name, values in batch.inputs.items():
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            continue
+        wrong = ~values.flatten(1).isfinite().all(dim=1) if values.dim() > 1 else ~values.isfinite()
+        if batch.present is not None and name in batch.present:
+            wrong &= batch.present[name].to(wrong.device)
+        if bool(wrong.any()):
+            sample = int(wrong.nonzero()[0])
+            raise DataError(
+                f"{name} of sample {sample} of the batch holds NaN or infinite values ({int(wrong.sum())} such); nothing was learned"
+            )
+
+
+def _classes(values: Any, device: torch.device) -> Tensor:
+    classes = torch.as_tensor(values)
+    if classes.dim() != 1 or classes.is_floating_point():
+        raise DataError("a canary is (inputs, classes) with one whole number for each sample")
+    return classes.to(device)
