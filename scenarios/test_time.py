@@ -133,6 +133,7 @@ class TestTime(Scenario):
         for number, pattern in enumerate(self.missing):
             absence.check_modalities(pattern, list(loaded.modalities), self._pattern(number))
         self._served = loaded.test if self.part == "test" and loaded.test is not None else loaded.train
+        self._unseen = loaded.train
         if len(self._served) == 0:
             raise ConfigError("test_time: the source has no training sample: leave out part")
         self._modalities, self._target = loaded.modalities, loaded.target
@@ -182,6 +183,12 @@ class TestTime(Scenario):
             return None
         arranged = self._arranged(task.index)
         return self._view(task.index, arranged, _Told(self._segments[task.index].shifts, arranged.which, arranged.masks))
+
+    def unshifted(self) -> Dataset | None:
+        """The training part, with classes as the stream numbers them; None where that is what is served."""
+        if self.part == "train" or len(self._unseen) == 0:
+            return None
+        return Picked(self._unseen, torch.arange(len(self._unseen)), self._relabel)
 
     def files(self) -> list[str]:
         return self.data.files()

@@ -120,6 +120,62 @@ def sweep(
 
 
 @app.command()
+def serve(
+    run: Run,
+    host: Annotated[str, typer.Option("--host", help="Where to listen; put a proxy with TLS before anything but 127.0.0.1.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any free one.")] = 8000,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="What adapts: tent, or '{name: tent, ...}'; default: the run's own, or tent.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", metavar="shadow | inline", help="Default: shadow, where the method changes weights.")
+    ] = None,
+    guard: Annotated[bool, typer.Option("--guard/--no-guard", help="Whether a guard watches over what adapts.")] = True,
+    canary: Annotated[str | None, typer.Option("--canary", metavar="DATA", help="Some labelled data by which the guard decides.")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", metavar="DATA", help="Data of the source, for methods that need it.")
+    ] = None,
+    tokens: Annotated[Path | None, typer.Option("--tokens", metavar="FILE", help='JSON: {"predict": ..., "change": ...}.')] = None,
+    publish: Annotated[
+        Path | None, typer.Option("--publish", metavar="FOLDER", help="Write each version there, for others to follow.")
+    ] = None,
+    follow: Annotated[
+        Path | None, typer.Option("--follow", metavar="FOLDER", help="Adapt nothing, and serve the versions that are published there.")
+    ] = None,
+    inputs: Annotated[int, typer.Option("--inputs", min=0, max=100, help="Requests whose inputs are kept in memory for the page.")] = 0,
+    body: Annotated[int, typer.Option("--body", min=1024, help="Bytes that a request may have.")] = 8 << 20,
+    most: Annotated[int, typer.Option("--most", min=1, help="Samples that a request may have.")] = 512,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Samples that may wait to be answered, and to be learned.")] = 4096,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds after which a request is given up.")] = 10.0,
+    update: Annotated[int, typer.Option("--update", min=1, help="Samples of which an update is made.")] = 64,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of a computation; default: half of the cores.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Default: the run's own.")] = None,
+) -> None:
+    """Serve a run's model over HTTP, adapting to what it is asked."""
+    from streamcl import serving
+
+    serving.serve(
+        run,
+        host,
+        port,
+        serving.Settings(
+            strategy=strategy,
+            mode=mode,
+            guard=guard,
+            canary=canary,
+            calibrate=calibrate,
+            tokens=tokens,
+            publish=publish,
+            follow=follow,
+            inputs=inputs,
+            threads=threads,
+            device=device,
+            limits={"body": body, "most": most, "queue": queue, "timeout": timeout, "update": update},
+        ),
+    )
+
+
+@app.command()
 def forget(
     run: Run,
     ids: Annotated[Path, typer.Option("--ids", metavar="FILE", help="Sample ids: one in a line, or a JSON list.")],

@@ -18,7 +18,7 @@ import yaml
 
 from streamcl.data_files import reader_of
 from streamcl.errors import ConfigError, PluginError
-from streamcl.options import NonNegativeInt, PositiveFloat, PositiveInt
+from streamcl.options import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from streamcl.plugins import (
     REQUIRED,
     Option,
@@ -135,6 +135,45 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """The limits of the guard: see streamcl/guard.py."""
+
+    compare: PositiveInt = 4
+    memory: PositiveInt = 256
+    z: PositiveFloat = 2.0
+    gain: NonNegativeFloat = 0.2
+    disagreement: NonNegativeFloat = 0.02
+    slack: NonNegativeFloat = 1.5
+    diversity: NonNegativeFloat = 0.7
+    share: PositiveFloat = 0.3
+    drift: PositiveFloat = 1.0
+    drop: NonNegativeFloat = 0.02
+    canary_every: PositiveInt = 16
+    strikes: PositiveInt = 2
+    cooldown: NonNegativeInt = 8
+    retry: PositiveInt | None = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """How a test-time stream is served: the loop around the method (streamcl/online_loop.py)."""
+
+    guard: bool | GuardConfig = False
+    every: PositiveInt = 1
+    window: PositiveInt | None = None
+    budget: PositiveFloat | None = None
+    calibrate: NonNegativeInt = 512  # unlabelled samples of the data before any shift, for methods and the guard
+    canary: NonNegativeInt = 0  # labelled ones, for the guard
+    feedback: Fraction = 0.0  # the share of the samples served whose labels come back one batch later, for the guard
+    frozen: bool = False  # score the model as it was deployed beside, on the same stream
+
+    def __post_init__(self) -> None:
+        for key in ("canary", "feedback"):
+            if getattr(self, key) and not self.guard:
+                raise _Invalid(key, "is what the guard goes by, and there is none: set online.guard=true")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """A set of runs: every combination of the values in `over`, or the ones that `runs` lists."""
 
@@ -161,6 +200,7 @@ class RunConfig:
     memory: Annotated[PluginSpec, "Memory"] = field(metadata={"default": {"name": "faiss"}})
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    online: OnlineConfig = OnlineConfig()
     log: Annotated[list[PluginSpec], "list[Sink]"] = field(metadata={"default": ["progress", "jsonl", "tensorboard", "report"]})
     sweep: SweepConfig | None = None
 
@@ -184,7 +224,18 @@ class RunConfig:
 
 
 SECTIONS: dict[str, Any] = {
-    cls.__name__: cls for cls in (RunConfig, ModelConfig, PretrainConfig, EngineConfig, CheckpointConfig, EvaluateConfig, SweepConfig)
+    cls.__name__: cls
+    for cls in (
+        RunConfig,
+        ModelConfig,
+        PretrainConfig,
+        EngineConfig,
+        CheckpointConfig,
+        EvaluateConfig,
+        SweepConfig,
+        OnlineConfig,
+        GuardConfig,
+    )
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcl.contracts import Memory
-from streamcl.errors import PluginError
+from streamcl.errors import ConfigError, PluginError
 from streamcl.events import Events
 from streamcl.nn.model import Model
 from streamcl.preparing import Preparation
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TICK = 0.5  # seconds between two looks at the clock's business: progress lines, timed checkpoints
+
+
+def chosen_precision(asked: str, device: torch.device) -> str:
+    """What a run computes in: on a CPU, and where a GPU has no bfloat16, in float32 unless it is told otherwise."""
+    if asked == "auto":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if asked == "float16" and device.type == "cpu":
+        raise ConfigError("engine.precision is float16 and the device is a CPU: use bfloat16 or float32 there")
+    return asked
 
 
 class Context:

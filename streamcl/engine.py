@@ -18,26 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamcl.adapting import AdaptingStrategy, entropy
 from streamcl.checkpoint import Checkpoints, fingerprint, tree_bytes
-from streamcl.config import EngineConfig, EvaluateConfig
-from streamcl.context import TICK, Context
+from streamcl.config import EngineConfig, EvaluateConfig, GuardConfig, OnlineConfig
+from streamcl.context import TICK, Context, chosen_precision
 from streamcl.contracts import Memory
 from streamcl.data import ArrayDataset, Subset
 from streamcl.errors import ConfigError, DataError, DiskError, Interrupted, PluginError, StreamclError, TrainingError
 from streamcl.evaluation import Evaluation
 from streamcl.events import Events, Sink
+from streamcl.guard import Guard
 from streamcl.nn.backbone import Backbone
 from streamcl.nn.model import GrowingHead, Model
+from streamcl.online_loop import OnlineLoop
 from streamcl.pictures import Gallery
 from streamcl.plugins import find, package_folder, shown
 from streamcl.preparing import Preparation
 from streamcl.processes import Processes
 from streamcl.run_folder import RunFolder, environment
-from streamcl.seeding import random_state, restore_random, seed_everything
+from streamcl.seeding import generator, random_state, restore_random, seed_everything
 from streamcl.strategy import Strategy, plugin_name
 from streamcl.stream import Batch, Dataset, Prediction, Scenario, StreamInfo, Task, asked
 from streamcl.writing import DISK_TROUBLE, disk_error
 
+SERVED = 256  # samples between two events about what is served
 CHANGED = "has changed since the run last used it"  # of a plug-in in a person's own file
 
 
@@ -57,6 +61,7 @@ class Engine:
         seed: int = 0,
         engine: EngineConfig | None = None,
         evaluate: EvaluateConfig | None = None,
+        online: OnlineConfig | None = None,
         log: Sequence[Sink] = (),
         weights: Mapping[str, Tensor] | None = None,
         trained: Callable[[], tuple[Mapping[str, Tensor], Sequence[str]] | None] | None = None,
@@ -65,10 +70,10 @@ class Engine:
     ) -> None:
         self.scenario, self.strategy, self.seed, self.folder, self.name = scenario, strategy, seed, folder, name
         self.announced = False
-        self.settings, self.evaluate = engine or EngineConfig(), evaluate or EvaluateConfig()
+        self.settings, self.evaluate, self.online = engine or EngineConfig(), evaluate or EvaluateConfig(), online or OnlineConfig()
         self.processes = Processes.join(self.settings, strategy)
         self.device = self.processes.device(self.settings.device)
-        self.precision = _precision(self.settings.precision, self.device)
+        self.precision = chosen_precision(self.settings.precision, self.device)
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
         if self.settings.deterministic and self.device.type == "cuda":  # on a CPU the kernels are deterministic as they are
@@ -172,6 +177,38 @@ class Engine:
         if strategy.needs_exemplars:
             _check_exemplars(self.memory, plugin_name(strategy), self.info.classes)
         strategy.start(self.info, self.context)
+        self.loop = self._loop()
+        self.served: dict[str, float] = {}  # figures of what was served since the last `served` event
+        self.late: tuple[Tensor, Tensor] | None = None  # labels that come back after the next batch
+
+    def _loop(self) -> OnlineLoop | None:
+        """The loop around a method of test-time adaptation, with what it needs from before any shift."""
+        online, strategy = self.online, self.strategy
+        asks = online != OnlineConfig(calibrate=online.calibrate)
+        if not self.info.test_time or not isinstance(strategy, AdaptingStrategy):
+            if asks:
+                what = "serves a test-time stream" if not self.info.test_time else "stands around a method of test-time adaptation"
+                raise ConfigError(f"online: the online loop {what}, and there is none: leave out online")
+            return None
+        limits = {} if isinstance(online.guard, bool) else dataclasses.asdict(online.guard)
+        guard = Guard(**limits) if isinstance(online.guard, GuardConfig) or online.guard else None
+        loop = OnlineLoop(strategy, guard=guard, every=online.every, window=online.window, budget=online.budget)
+        wanted = guard is not None or type(strategy).calibrate is not AdaptingStrategy.calibrate or strategy.needs_calibration
+        before = self.scenario.unshifted() if wanted else None
+        if before is None or not len(before):
+            if online.canary or (strategy.needs_calibration and online.calibrate):
+                what = "online.canary" if online.canary else plugin_name(strategy)
+                raise ConfigError(f"{what} needs data from before any shift, and this stream has none")
+            return loop
+        rows = torch.randperm(len(before), generator=generator(self.seed, "unshifted"))
+        prepare = self.context.prepare
+        if online.canary:
+            batches = before.read(rows[: online.canary], 64)
+            loop.watch([prepare(asked(raw, self.info).replace(target=raw.target), train=False) for raw in batches])
+        if online.calibrate:
+            rest = rows[online.canary : online.canary + online.calibrate]
+            loop.calibrate([prepare(asked(raw, self.info), train=False) for raw in before.read(rest, 64)])
+        return loop
 
     def _check_test_time(self) -> None:
         if type(self.strategy).adapt is Strategy.adapt:
@@ -312,6 +349,7 @@ class Engine:
         self._account(None)
         if self.info.test_time and self.context.task is None:  # stopped while it was served, it is served from its beginning
             self.context.begin(_blind(task), {})
+            self.model.eval()
         if self.gallery is not None:
             self.gallery.open(task.names)
         for part in ("test", "validation"):
@@ -329,6 +367,7 @@ class Engine:
                     self.events.warn(fields["warning"])
         if self.gallery is not None:
             self.gallery.close(task.index)
+        self._tell_served()
         self._account("evaluate")
         self.before, self.phase = self.scenario.state(), "learn"
         self.context.task = None
@@ -402,8 +441,62 @@ class Engine:
         """What is served of a test-time stream: the samples alone, and what the strategy makes of them."""
         prepared = self.context.prepare(asked(batch, self.info), train=False)
         self.context.samples += len(batch)
-        with self.context.autocast():
-            return self.strategy.adapt(prepared)
+        loop = self.loop
+        if loop is None:
+            with self.context.autocast():
+                return self.strategy.adapt(prepared)
+        prediction = loop(prepared)
+        if self.online.frozen:
+            frozen = loop.frozen(prepared).scores
+            assert frozen is not None
+            prediction.heads["frozen"] = frozen
+        self._watch(batch, prediction)
+        if self.late is not None:
+            loop.feedback(*self.late)
+            self.late = None
+        if self.online.feedback and batch.target is not None:
+            told = torch.rand(len(batch), generator=self.context.generator) < self.online.feedback
+            self.late = (batch.ids[told], batch.target[told]) if bool(told.any()) else None
+        return prediction
+
+    def _watch(self, batch: Batch, prediction: Prediction) -> None:
+        """Figures of what is served, told every 256 samples: for a person who looks on, and for the report."""
+        loop, served, scores = self.loop, self.served, prediction.scores
+        assert loop is not None
+        if not self.events.sinks or scores is None or self.info.target != "class" or batch.target is None:
+            return
+        target = batch.target.to(scores.device)
+        figures = {
+            "samples": float(len(batch)),
+            "right": float((scores.argmax(1) == target).sum()),
+            "entropy": float(entropy(scores).sum()),
+        }
+        if "frozen" in prediction.heads:
+            figures["right_frozen"] = float((prediction.heads["frozen"].argmax(1) == target).sum())
+        for name, value in figures.items():
+            served[name] = served.get(name, 0.0) + value
+        if served["samples"] < SERVED:
+            return
+        assert self.context.task is not None
+        self._tell_served()
+
+    def _tell_served(self) -> None:
+        served, loop, task = self.served, self.loop, self.context.task
+        if not served or loop is None or task is None:
+            return
+        count = served["samples"]
+        self.events.emit(
+            "served",
+            task=task.index,
+            name=task.name,
+            samples=self.context.samples,
+            accuracy=served["right"] / count,
+            accuracy_frozen=served["right_frozen"] / count if "right_frozen" in served else None,
+            entropy=served["entropy"] / count,
+            version=loop.version,
+            counts={**loop.strategy.counts, **loop.counts},
+        )
+        served.clear()
 
     # -- between two batches ----------------------------------------------------------------------------------------------------
 
@@ -502,6 +595,7 @@ class Engine:
             "generator": context.generator.get_state(),
             "scenario": self.before,
             "strategy": self.strategy.state(),
+            "loop": None if self.loop is None else self.loop.state(),
             "model": self.model.state(),
             "memory": self.memory.state(),
             "evaluation": self.evaluation.state(),
@@ -521,6 +615,8 @@ class Engine:
         self.strategy.restore(state["strategy"])
         self.model.restore(state["model"])
         self.model.to(self.device)
+        if self.loop is not None and state.get("loop") is not None:
+            self.loop.restore(state["loop"])
         self.memory.restore(state["memory"])
         self.evaluation.restore(state["evaluation"])
         context.steps, context.samples, self.scored_at = state["steps"], state["samples"], state["scored_at"]
@@ -707,14 +803,6 @@ def _blind(task: Task) -> Task:
     nothing = ArrayDataset({}, torch.empty(0, dtype=torch.int64))
     about = {"batch": task.about["batch"]} if "batch" in task.about else {}
     return Task(task.index, f"segment {task.index + 1}", nothing, (), task.seen, (), names=task.names, about=about)
-
-
-def _precision(asked: str, device: torch.device) -> str:
-    if asked == "auto":
-        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if asked == "float16" and device.type == "cpu":
-        raise ConfigError("engine.precision is float16 and the device is a CPU: use bfloat16 or float32 there")
-    return asked
 
 
 def _tensor_bytes(module: nn.Module) -> int:

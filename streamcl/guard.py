@@ -3,10 +3,11 @@
 On a share of the batches three answers are compared, that of the model that adapts (A), that of the source's weights under the statistics
 of the batch, or whatever else the method normalises by (R), and that of the model as it was deployed (F).
 
-statistics   Entropy is no judge of a model that was trained to lower it, but R and F have the same weights. Where R is less certain
-             than F (a paired difference over the newest samples, beyond `z` standard errors), the statistics of the batch do harm, as they
-             do where the samples of a batch are of one class: F is served until R is the more certain one again. Models without batch
-             normalisation have R = F, and nothing to choose between.
+statistics   Entropy is no judge of a model that was trained to lower it, but R and F have the same weights. The statistics of a batch do
+             harm where its samples are of few classes, and help where the inputs have shifted. So R must earn its place: where it decides
+             differently from F, it must be the more certain one, by `gain` of the logarithm of the number of classes for each sample in
+             which they differ; else F is served, and nothing is learned, until R earns it. While the two hardly differ, F is served only
+             if R is the less certain one beyond `z` standard errors. Models without batch normalisation have R = F and nothing to choose.
 drift        The share of samples in which A and R decide differently may be `disagreement`, and `slack` times the share of which R
              itself is unsure (1 minus its mean confidence). Beyond it, adapting has gone astray: the earliest sign of a collapse.
 diversity    The entropy of the classes that A decided for over the newest samples is not below `diversity` of that of R, and no class
@@ -35,6 +36,9 @@ from torch import Tensor
 from streamcl.errors import ConfigError
 
 Remedy = Literal["restore", "bypass"]
+CHANGED = 0.05  # nats of mean entropy, beside a third of it: answers that are not what they were
+QUICK = 32  # samples by which the statistics are chosen
+HARDLY = 0.05  # the share of decisions by which two models hardly differ
 NOTHING = 0.01  # nats: a difference in certainty that is no reason to exchange what is served
 
 
@@ -47,8 +51,9 @@ class Guard:
         compare: int = 4,
         memory: int = 256,
         z: float = 2.0,
-        disagreement: float = 0.1,
-        slack: float = 1.0,
+        gain: float = 0.2,
+        disagreement: float = 0.02,
+        slack: float = 1.5,
         diversity: float = 0.7,
         share: float = 0.3,
         drift: float = 1.0,
@@ -61,7 +66,7 @@ class Guard:
         for name, number in (("compare", compare), ("memory", memory), ("canary_every", canary_every), ("strikes", strikes)):
             if number < 1:
                 raise ConfigError(f"guard: {name} is {number}: 1 or more is needed")
-        self.compare, self.memory, self.z = compare, memory, z
+        self.compare, self.memory, self.z, self.gain = compare, memory, z, gain
         self.disagreement, self.slack, self.diversity, self.share = disagreement, slack, diversity, share
         self.drift, self.drop, self.canary_every = drift, drop, canary_every
         self.limit, self.cooldown, self.retry = strikes, cooldown, retry
@@ -74,10 +79,13 @@ class Guard:
         self.figures: dict[str, float] = {}
         self.canary_source: float | None = None
         self._sums: Tensor | None = None
+        self._certain: Tensor | None = None  # of the choice of statistics, which has to be quick
 
-    def due(self, number: int) -> bool:
-        """Whether this batch is compared."""
-        return self.alert or self.prefers_frozen or number % self.compare == 0
+    def due(self, number: int, entropy: float) -> bool:
+        """Whether this batch is compared: one in `compare`, and each while something is near its limit or the answers, by their mean
+        entropy, are not what they were when they were last compared."""
+        before = self.figures.get("entropy_last", math.inf)
+        return self.alert or self.prefers_frozen or number % self.compare == 0 or not abs(entropy - before) <= 0.3 * before + CHANGED
 
     def look(self, answered: Tensor, reference: Tensor, frozen: Tensor, target: str = "class") -> str | None:
         """Take in three answers to one batch, and say what is wrong, if anything is."""
@@ -87,24 +95,29 @@ class Guard:
         count = len(answered)
         kept = math.exp(-count / self.memory)
         self._sums = now if self._sums is None else kept * self._sums + now
-        samples, differs, unsure, lower, squared, certain_a, certain_f = self._sums[:7].tolist()
-        mine, yours = self._sums[7:].view(2, -1)
-        mean = lower / samples
-        error = math.sqrt(max(0.0, squared / samples - mean**2) / samples)
+        fresh, kept = now[[0, 3, 4, 7]], math.exp(-count / QUICK)
+        self._certain = fresh if self._certain is None else kept * self._certain + fresh
+        chosen_by, lower, squared, apart = self._certain.tolist()
+        mean = lower / chosen_by
+        error = math.sqrt(max(0.0, squared / chosen_by - mean**2) / chosen_by)
+        samples, differs, unsure, _, _, certain_a, certain_f = self._sums[:7].tolist()
+        mine, yours = self._sums[8:].view(2, -1)
         limit = self.disagreement + self.slack * unsure / samples
         spread, usual = _spread(mine), _spread(yours)
         lead = float(((mine - yours) / samples).max()) if len(mine) else 0.0
+        earned = -self.gain * math.log(max(2, len(mine))) * apart / chosen_by if apart > HARDLY * chosen_by else self.z * error + NOTHING
+        self.prefers_frozen = mean > earned
         self.figures = {
             "disagreement": differs / samples,
             "limit": limit,
             "entropy": certain_a / samples,
+            "entropy_last": float(now[5]) / count,
             "entropy_frozen": certain_f / samples,
             "statistics": mean,
+            "earned_at": earned,
             "diversity": spread,
             "diversity_source": usual,
         }
-        if abs(mean) > self.z * error + NOTHING:
-            self.prefers_frozen = mean > 0
         enough = samples >= min(32, self.memory / 2)
         self.alert = not enough or differs / samples > 0.6 * limit
         if enough and differs / samples > limit:
@@ -149,14 +162,14 @@ class Guard:
         return True
 
     def forget(self) -> None:
-        """What was seen is of a model that is no longer there; the choice of statistics stays as it is."""
+        """What was seen is of a model that is no longer there. The choice of statistics, which is not about that model, stays."""
         self._sums, self.alert = None, True
 
     def restart(self) -> None:
         """As at the beginning."""
         self.struck = self.bypasses = 0
         self.bypassing, self.until, self.prefers_frozen = False, None, False
-        self._sums, self.alert, self.figures = None, True, {}
+        self._sums, self._certain, self.alert, self.figures = None, None, True, {}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -169,18 +182,19 @@ class Guard:
             "figures": dict(self.figures),
             "canary_source": self.canary_source,
             "sums": None if self._sums is None else self._sums.clone(),
+            "certain": None if self._certain is None else self._certain.clone(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for name in ("struck", "bypasses", "until", "bypassing", "prefers_frozen", "alert", "canary_source"):
             setattr(self, name, state[name])
-        self.figures, sums = dict(state["figures"]), state["sums"]
-        self._sums = None if sums is None else sums.clone()
+        self.figures = dict(state["figures"])
+        self._sums, self._certain = (None if state[name] is None else state[name].clone() for name in ("sums", "certain"))
 
 
 def _signals(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
-    """Sums over a batch: samples, decisions that differ, how unsure R is, H(R) - H(F) and its square, H(A), H(F), decisions by class of A
-    and of R."""
+    """Sums over a batch: samples, decisions that differ, how unsure R is, H(R) - H(F) and its square, H(A), H(F), samples in which R
+    and F differ, decisions by class of A and of R."""
     log_a, log_r, log_f = a.log_softmax(1), r.log_softmax(1), f.log_softmax(1)
     h_a, h_r, h_f = (-(log.exp() * log).sum(1) for log in (log_a, log_r, log_f))
     said, usual = a.argmax(1), r.argmax(1)
@@ -194,6 +208,7 @@ def _signals(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
             (lower**2).sum(),
             h_a.sum(),
             h_f.sum(),
+            (usual != f.argmax(1)).sum().to(h_a.dtype),
         ]
     )
     counts = [
@@ -207,7 +222,7 @@ def _distances(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
     scale = r.std(unbiased=False) + 1e-6
     zero = torch.zeros((), device=a.device)
     differs = ((a - r).abs() / scale).mean(1).clamp(max=1).sum()
-    return torch.stack([zero + len(a), differs, zero, zero, zero, zero, zero]).double()
+    return torch.stack([zero + len(a), differs, *[zero] * 6]).double()
 
 
 def _spread(counts: Tensor) -> float:

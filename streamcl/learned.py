@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamcl.context import Context
+from streamcl.context import Context, chosen_precision
 from streamcl.contracts import Memory
-from streamcl.engine import _precision
 from streamcl.errors import DataError
 from streamcl.events import Events
 from streamcl.nn.backbone import Backbone
@@ -215,7 +214,7 @@ def undisturbed(seed: int) -> Iterator[None]:
 
 def precision_on(device: torch.device, asked: str) -> str:
     """In what a run's model computes on this device: float16 needs a GPU."""
-    return "float32" if asked == "float16" and device.type == "cpu" else _precision(asked, device)
+    return "float32" if asked == "float16" and device.type == "cpu" else chosen_precision(asked, device)
 
 
 def plain_info(info: StreamInfo) -> dict[str, Any]:

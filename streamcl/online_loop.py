@@ -14,6 +14,7 @@ reached on every stream and with every method stands in docs/results/online.md.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from collections import deque
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from streamcl.adapting import AdaptingStrategy, copied
+from streamcl.adapting import AdaptingStrategy, copied, entropy
 from streamcl.config import PluginSpec, plugin_spec
 from streamcl.context import PRECISIONS, Context
 from streamcl.deployed import Deployed, Forward, wrapped
@@ -297,8 +298,9 @@ class OnlineLoop:
         """What is served after the guard has looked, and the deployed model's answer where it was made."""
         guard = self.guard
         assert guard is not None and prediction.scores is not None
-        due = guard.due(number) or (self.mode == "shadow" and self._since >= self.promote_after)
-        if not due and bool(prediction.scores.isfinite().all()):
+        certain = math.nan if self.strategy.info.target == "value" else float(entropy(prediction.scores.float()).mean())
+        due = guard.due(number, certain) or (self.mode == "shadow" and self._since >= self.promote_after)
+        if not due:
             return prediction, None
         frozen = self._frozen(batch)
         answered, reference = self._compared(batch, prediction.scores, reference, frozen)

@@ -19,7 +19,7 @@ from torch import Tensor
 from streamcl import config as configuration
 from streamcl import exporting
 from streamcl.checkpoint import Checkpoints
-from streamcl.config import RunConfig, plugin_spec
+from streamcl.config import OnlineConfig, RunConfig, plugin_spec
 from streamcl.engine import CHANGED, Engine
 from streamcl.errors import ConfigError, DataError, RunError
 from streamcl.events import Sink
@@ -103,6 +103,7 @@ def build(settings: RunConfig, folder: RunFolder | None, log: Sequence[Sink] | N
         seed=settings.seed,
         engine=settings.engine,
         evaluate=settings.evaluate,
+        online=settings.online,
         log=[spec.build() for spec in settings.log] if log is None else log,
         weights=weights,
         trained=lambda: trained_head(settings),
@@ -172,6 +173,7 @@ def pretrained_weights(settings: RunConfig) -> Path:
         scenario=before.scenario,
         strategy=before.strategy,
         model=dataclasses.replace(settings.model, pretrain=None),
+        online=OnlineConfig(),
         log=[],
         sweep=None,
         name="pretraining",

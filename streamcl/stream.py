@@ -374,6 +374,10 @@ class Scenario(ABC):
     def test(self, task: Task, after: Task) -> Dataset | None:
         """What to score of `task` once `after` was learned. Only the engine asks."""
 
+    def unshifted(self) -> Dataset | None:
+        """Labelled data of the source before any shift, of a test-time stream: what a model was trained on, or could have been."""
+        return None
+
     def judge(self) -> Any:
         """Who scores pictures that are painted (streamcl.judging.Judge), made when it is first asked for; None of other streams."""
         return None
