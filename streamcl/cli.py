@@ -120,6 +120,26 @@ def sweep(
 
 
 @app.command()
+def adapt(
+    what: Annotated[str, typer.Argument(metavar="RUN | CONFIG", help="A run's folder, or a test-time configuration.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[DATA] [KEY=VALUE ...]", help="For a RUN the data that it meets; options to change.")
+    ] = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", help="The method; default: tent, or what CONFIG says.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="How many samples of DATA arrive together.")] = 64,
+    out: Annotated[Path | None, typer.Option("--out", help="The new run's folder; default runs/NAME-adapted.")] = None,
+) -> None:
+    """Serve a stream and adapt to it, under guard, beside the model as it was deployed."""
+    from streamcl import adapt as adapting
+
+    data = [word for word in words or () if "=" not in word or word.lstrip().startswith("{")]
+    if len(data) > 1:
+        raise ConfigError(f"{data[1]} is one thing too many: streamcl adapt takes a RUN and its DATA, or a CONFIG, and KEY=VALUE")
+    overrides = [word for word in words or () if word not in data]
+    typer.echo(adapting.adapt(what, data[0] if data else None, strategy=strategy, overrides=overrides, batch=batch, out=out))
+
+
+@app.command()
 def serve(
     run: Run,
     host: Annotated[str, typer.Option("--host", help="Where to listen; put a proxy with TLS before anything but 127.0.0.1.")] = "127.0.0.1",
@@ -148,6 +168,7 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=1, help="Samples that may wait to be answered, and to be learned.")] = 4096,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds after which a request is given up.")] = 10.0,
     update: Annotated[int, typer.Option("--update", min=1, help="Samples of which an update is made.")] = 64,
+    sync: Annotated[bool, typer.Option("--sync", help="Wait for the disk, so that a power cut takes no sample either.")] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of a computation; default: half of the cores.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Default: the run's own.")] = None,
 ) -> None:
@@ -170,7 +191,7 @@ def serve(
             inputs=inputs,
             threads=threads,
             device=device,
-            limits={"body": body, "most": most, "queue": queue, "timeout": timeout, "update": update},
+            limits={"body": body, "most": most, "queue": queue, "timeout": timeout, "update": update, "sync": sync},
         ),
     )
 

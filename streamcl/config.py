@@ -142,6 +142,7 @@ class GuardConfig:
     memory: PositiveInt = 256
     z: PositiveFloat = 2.0
     gain: NonNegativeFloat = 0.2
+    correlation: NonNegativeFloat = 0.05
     disagreement: NonNegativeFloat = 0.02
     slack: NonNegativeFloat = 1.5
     diversity: NonNegativeFloat = 0.7

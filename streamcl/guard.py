@@ -3,11 +3,12 @@
 On a share of the batches three answers are compared, that of the model that adapts (A), that of the source's weights under the statistics
 of the batch, or whatever else the method normalises by (R), and that of the model as it was deployed (F).
 
-statistics   Entropy is no judge of a model that was trained to lower it, but R and F have the same weights. The statistics of a batch do
-             harm where its samples are of few classes, and help where the inputs have shifted. So R must earn its place: where it decides
-             differently from F, it must be the more certain one, by `gain` of the logarithm of the number of classes for each sample in
-             which they differ; else F is served, and nothing is learned, until R earns it. While the two hardly differ, F is served only
-             if R is the less certain one beyond `z` standard errors. Models without batch normalisation have R = F and nothing to choose.
+statistics   Entropy is no judge of a model that was trained to lower it, but R and F have the same weights. Where they decide differently
+             in more than a few samples, R must be the more certain one to be used; else F is served, and nothing is learned, until it
+             is. Statistics of a batch do harm where neighbouring samples are of few classes. Whether they are is seen in the decisions of R
+             and F: of blocks of samples, how much of the diversity of the decisions lies between the blocks. Where it is `correlation` of
+             the logarithm of the number of classes or more, R must earn its place: more certain by `gain` of that logarithm for each
+             sample in which it decides differently. Models without batch normalisation have R = F and nothing to choose between.
 drift        The share of samples in which A and R decide differently may be `disagreement`, and `slack` times the share of which R
              itself is unsure (1 minus its mean confidence). Beyond it, adapting has gone astray: the earliest sign of a collapse.
 diversity    The entropy of the classes that A decided for over the newest samples is not below `diversity` of that of R, and no class
@@ -38,7 +39,7 @@ from streamcl.errors import ConfigError
 Remedy = Literal["restore", "bypass"]
 CHANGED = 0.05  # nats of mean entropy, beside a third of it: answers that are not what they were
 QUICK = 32  # samples by which the statistics are chosen
-HARDLY = 0.05  # the share of decisions by which two models hardly differ
+HARDLY = 0.02  # the share of decisions by which two models hardly differ
 NOTHING = 0.01  # nats: a difference in certainty that is no reason to exchange what is served
 
 
@@ -52,6 +53,7 @@ class Guard:
         memory: int = 256,
         z: float = 2.0,
         gain: float = 0.2,
+        correlation: float = 0.05,
         disagreement: float = 0.02,
         slack: float = 1.5,
         diversity: float = 0.7,
@@ -66,7 +68,7 @@ class Guard:
         for name, number in (("compare", compare), ("memory", memory), ("canary_every", canary_every), ("strikes", strikes)):
             if number < 1:
                 raise ConfigError(f"guard: {name} is {number}: 1 or more is needed")
-        self.compare, self.memory, self.z, self.gain = compare, memory, z, gain
+        self.compare, self.memory, self.z, self.gain, self.correlation = compare, memory, z, gain, correlation
         self.disagreement, self.slack, self.diversity, self.share = disagreement, slack, diversity, share
         self.drift, self.drop, self.canary_every = drift, drop, canary_every
         self.limit, self.cooldown, self.retry = strikes, cooldown, retry
@@ -78,6 +80,7 @@ class Guard:
         self.alert = True  # whether every batch is compared: at the beginning, after a restart, and while something is near its limit
         self.figures: dict[str, float] = {}
         self.canary_source: float | None = None
+        self._arrival = _Arrival()
         self._sums: Tensor | None = None
         self._certain: Tensor | None = None  # of the choice of statistics, which has to be quick
 
@@ -101,11 +104,16 @@ class Guard:
         mean = lower / chosen_by
         error = math.sqrt(max(0.0, squared / chosen_by - mean**2) / chosen_by)
         samples, differs, unsure, _, _, certain_a, certain_f = self._sums[:7].tolist()
-        mine, yours = self._sums[8:].view(2, -1)
+        mine, yours, _ = self._sums[8:].view(3, -1)
         limit = self.disagreement + self.slack * unsure / samples
         spread, usual = _spread(mine), _spread(yours)
         lead = float(((mine - yours) / samples).max()) if len(mine) else 0.0
-        earned = -self.gain * math.log(max(2, len(mine))) * apart / chosen_by if apart > HARDLY * chosen_by else self.z * error + NOTHING
+        together = self._arrival.take(now[8:].view(3, -1)[1:], count)
+        log_classes = math.log(max(2, mine.numel()))
+        earned = self.z * error + NOTHING
+        if apart > HARDLY * chosen_by:
+            correlated = together is None or together > self.correlation * log_classes
+            earned = -self.gain * log_classes * apart / chosen_by if correlated else 0.0
         self.prefers_frozen = mean > earned
         self.figures = {
             "disagreement": differs / samples,
@@ -115,6 +123,7 @@ class Guard:
             "entropy_frozen": certain_f / samples,
             "statistics": mean,
             "earned_at": earned,
+            "correlation": math.nan if together is None else together,
             "diversity": spread,
             "diversity_source": usual,
         }
@@ -169,7 +178,7 @@ class Guard:
         """As at the beginning."""
         self.struck = self.bypasses = 0
         self.bypassing, self.until, self.prefers_frozen = False, None, False
-        self._sums, self._certain, self.alert, self.figures = None, None, True, {}
+        self._sums, self._certain, self.alert, self.figures, self._arrival = None, None, True, {}, _Arrival()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -183,6 +192,8 @@ class Guard:
             "canary_source": self.canary_source,
             "sums": None if self._sums is None else self._sums.clone(),
             "certain": None if self._certain is None else self._certain.clone(),
+            "blocks": list(self._arrival.blocks),
+            "open": self._arrival.open,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -190,14 +201,48 @@ class Guard:
             setattr(self, name, state[name])
         self.figures = dict(state["figures"])
         self._sums, self._certain = (None if state[name] is None else state[name].clone() for name in ("sums", "certain"))
+        self._arrival.blocks, self._arrival.open = list(state["blocks"]), state["open"]
+
+
+class _Arrival:
+    """How correlated neighbouring samples are, by the decisions of two models: of blocks of samples, the information that a block's number
+    tells about a decision (with Miller and Madow's correction for few samples). Classes are folded into a few bins, so that a block says
+    something about them. Known once there are three blocks."""
+
+    BINS, BLOCK, BLOCKS = 16, 32, 16
+
+    def __init__(self) -> None:
+        self.blocks: list[Tensor] = []  # (models, bins) each
+        self.open: Tensor | None = None
+
+    def take(self, counts: Tensor, samples: int) -> float | None:
+        """`counts` of decisions by model and class  # (2, classes)"""
+        folded = torch.zeros(len(counts), self.BINS, dtype=counts.dtype)
+        folded.index_add_(1, torch.arange(counts.shape[1]) % self.BINS, counts)
+        self.open = folded if self.open is None else self.open + folded
+        if float(self.open[0].sum()) >= self.BLOCK:
+            self.blocks, self.open = [*self.blocks[1 - self.BLOCKS :], self.open], None
+        if len(self.blocks) < 3:
+            return None
+        blocks = torch.stack(self.blocks)  # (blocks, models, bins)
+        sizes = blocks.sum(2)  # (blocks, models)
+        within = (sizes * _corrected(blocks)).sum(0) / sizes.sum(0)
+        return float((_corrected(blocks.sum(0)) - within).max().clamp(min=0))
+
+
+def _corrected(counts: Tensor) -> Tensor:
+    """The entropy of counts along their last dimension."""
+    totals = counts.sum(-1, keepdim=True).clamp(min=1)
+    shares = counts / totals
+    return -(shares * (shares + 1e-12).log()).sum(-1) + ((counts > 0).sum(-1) - 1).clamp(min=0) / (2 * totals.squeeze(-1))
 
 
 def _signals(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
     """Sums over a batch: samples, decisions that differ, how unsure R is, H(R) - H(F) and its square, H(A), H(F), samples in which R
-    and F differ, decisions by class of A and of R."""
+    and F differ, decisions by class of A, R and F."""
     log_a, log_r, log_f = a.log_softmax(1), r.log_softmax(1), f.log_softmax(1)
     h_a, h_r, h_f = (-(log.exp() * log).sum(1) for log in (log_a, log_r, log_f))
-    said, usual = a.argmax(1), r.argmax(1)
+    said, usual, first = a.argmax(1), r.argmax(1), f.argmax(1)
     lower, classes = h_r - h_f, a.shape[1]
     sums = torch.stack(
         [
@@ -208,11 +253,12 @@ def _signals(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
             (lower**2).sum(),
             h_a.sum(),
             h_f.sum(),
-            (usual != f.argmax(1)).sum().to(h_a.dtype),
+            (usual != first).sum().to(h_a.dtype),
         ]
     )
     counts = [
-        torch.zeros(classes, device=a.device, dtype=h_a.dtype).scatter_add_(0, which, torch.ones_like(h_a)) for which in (said, usual)
+        torch.zeros(classes, device=a.device, dtype=h_a.dtype).scatter_add_(0, which, torch.ones_like(h_a))
+        for which in (said, usual, first)
     ]
     return torch.cat([sums, *counts]).double()
 
