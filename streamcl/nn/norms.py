@@ -7,7 +7,7 @@ spoil them, and they are there again when the context ends, whatever happened in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from streamcl.errors import DataError
+
 KINDS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm)
 LOOKED_FOR = "BatchNorm, LayerNorm, GroupNorm, InstanceNorm and RMSNorm"
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+DIGITS = 1e-3  # a variance below this share of the squared mean is not taken from sums of squares: too few digits would be left
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,10 +58,85 @@ def by_batch(layers: Sequence[_BatchNorm]) -> Iterator[None]:
     for layer in layers:
         layer._buffers["running_mean"] = layer._buffers["running_var"] = None
     try:
-        yield
+        with _enough_values():
+            yield
     finally:
         for layer, (mean, variance) in zip(layers, kept, strict=True):
             layer._buffers["running_mean"], layer._buffers["running_var"] = mean, variance
+
+
+@contextmanager
+def by_mixture(layers: Mapping[str, _BatchNorm], share: Callable[[int], float], gathered: Gathered | None = None) -> Iterator[None]:
+    """For a while, layers in evaluation mode normalise by a mixture of the source's statistics and the (biased) ones of the batch.
+
+    `share` is the batch's, given how many samples the layer sees. No gradient goes through these statistics. What they are is taken in by
+    `gathered`, where it is given.
+    """
+    kept = [dict(layer._buffers) for layer in layers.values()]
+
+    def before(name: str, layer: _BatchNorm, source: dict[str, Tensor | None], values: Tensor) -> None:
+        mean, variance = moments(values.detach())
+        weight = share(len(values))
+        if weight < 1:
+            mean, variance = (
+                own.lerp(new.to(own), weight)  # type: ignore[union-attr]
+                for own, new in zip((source[which] for which in _BUFFERS[:2]), (mean, variance), strict=True)
+            )
+        layer._buffers["running_mean"], layer._buffers["running_var"] = mean, variance
+        if gathered is not None:
+            gathered.take_in(name, mean, variance)
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, given, name=name, source=source: before(name, layer, source, given[0]))
+        for (name, layer), source in zip(layers.items(), kept, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook, layer, buffers in zip(hooks, layers.values(), kept, strict=True):
+            hook.remove()
+            layer._buffers.update(buffers)
+
+
+@torch.no_grad()
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, in 32 bits or more  # (channels,), (channels,)
+
+    Without an accelerator torch's own kernels for them take as long as a small convolution. Sums, and sums of squares along each row, are
+    several times faster; where the mean is so large that these would cancel, it is taken off before.
+    """
+    values = values if values.dtype == torch.float64 else values.float()
+    rows = values.flatten(2) if values.dim() > 2 else values[:, :, None]  # (batch, channels, places)
+    if values.device.type != "cpu" or rows.shape[2] == 1:
+        variance, mean = torch.var_mean(rows, dim=(0, 2), correction=0)
+        return mean, variance
+    mean, variance = _sums(rows)
+    if bool((variance < mean.square() * DIGITS).any()):
+        rest, variance = _sums(rows - mean[:, None])
+        mean = mean + rest
+    return mean, variance
+
+
+def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from the sums of values and of their squares."""
+    mean = rows.mean(dim=2).mean(dim=0)
+    squares = torch.linalg.vector_norm(rows, dim=2).square_().mean(dim=0).div_(rows.shape[2])
+    return mean, squares.sub_(mean.square()).clamp_(min=0)
+
+
+@contextmanager
+def _enough_values() -> Iterator[None]:
+    """torch's complaint about a variance of one value, said to whoever serves the batch."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "batch normalisation by the statistics of the batch needs more than one value per channel, and a layer of this model has one "
+            "for this batch: serve more samples at once, or let the loop keep a window of the last ones (window=...); bn_adapt with a "
+            "weight below 1 does with one sample"
+        ) from None
 
 
 class Gathered:
@@ -81,11 +159,29 @@ class Gathered:
             layer._buffers.update({which: self.values[f"{name}.{which}"] for which in _BUFFERS[:2]}, num_batches_tracked=None)
             layer.momentum, layer.training = self.momentum, True
         try:
-            yield
+            with _enough_values():
+                yield
         finally:
             for layer, buffers, momentum, training in kept:
                 layer._buffers.update(buffers)
                 layer.momentum, layer.training = momentum, training
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """For a while, layers in evaluation mode normalise by what was gathered."""
+        kept = [(layer, dict(layer._buffers)) for layer in self.layers.values()]
+        for name, layer in self.layers.items():
+            layer._buffers.update({which: self.values[f"{name}.{which}"] for which in _BUFFERS[:2]})
+        try:
+            yield
+        finally:
+            for layer, buffers in kept:
+                layer._buffers.update(buffers)
+
+    def take_in(self, name: str, mean: Tensor, variance: Tensor) -> None:
+        """One layer's statistics of the newest batch."""
+        for which, value in zip(_BUFFERS[:2], (mean, variance), strict=True):
+            self.values[f"{name}.{which}"].lerp_(value, self.momentum)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         for name, value in self.values.items():
