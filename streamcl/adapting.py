@@ -119,7 +119,7 @@ class AdaptingStrategy(Strategy):
         self.optimizer = make_optimizer(self.adapted.values(), self.optimizer_settings) if self.adapted else None
         self.scaler = torch.amp.GradScaler(context.device.type) if context.precision == "float16" else None
         self._random = context.generator.get_state()
-        self._fresh = self.own_state()
+        self._fresh = copied(self.own_state())
 
     def can_adapt(self) -> bool:
         """Whether the model has what this method changes. Asked when `layers` and `adapted` are known."""

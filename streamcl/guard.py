@@ -123,7 +123,7 @@ class Guard:
             "entropy_frozen": certain_f / samples,
             "statistics": mean,
             "earned_at": earned,
-            "correlation": math.nan if together is None else together,
+            **({} if together is None else {"correlation": together}),
             "diversity": spread,
             "diversity_source": usual,
         }

@@ -112,7 +112,7 @@ class OnlineLoop:
         self._waiting: deque[Batch] = deque()  # samples that may yet be labelled
         self._labelled: deque[tuple[bool, bool]] = deque(maxlen=FEEDBACK)  # whether the answer was right, and the deployed model's
         self._known = {"labelled": 0, "right": 0, "unknown": 0}
-        if mode == "shadow" and self._by_batch:
+        if mode == "shadow" and self._by_batch and strategy.gathered is None:
             strategy.gathered = Gathered(strategy.layers)
         self.versions: deque[Version] = deque(maxlen=keep)
         self._deployed = self._named(self.served) if mode == "shadow" else {}
@@ -161,8 +161,11 @@ class OnlineLoop:
     def _entered(self, learning: bool = True) -> Iterator[None]:
         """Whatever the caller has switched off or on: graphs can be made in here, and the model is in evaluation mode."""
         with torch.inference_mode(False), torch.no_grad(), self._learning if learning else nullcontext(), self.context.autocast():
-            if self.model.training:
-                self.model.eval()
+            for model in {self.model, self.served}:
+                if model.training or (
+                    isinstance(model, Deployed) and model.module.training
+                ):  # whoever holds the module may have asked for it
+                    model.eval()
             yield
 
     def _take(self, given: Any) -> Batch:

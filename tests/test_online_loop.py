@@ -1,0 +1,348 @@
+"""The online loop around any module: what it answers, what it keeps, how it goes back, and that it never writes where it must not."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import streamcl
+from streamcl.checkpoint import flatten, tree_bytes, unflatten
+from streamcl.errors import ConfigError, DataError
+from streamcl.stream import Batch
+
+
+def network(seed: int = 0, norm: str = "batch") -> nn.Sequential:
+    """A small network whose running statistics are those of some data."""
+    torch.manual_seed(seed)
+    layer: nn.Module = nn.BatchNorm2d(6) if norm == "batch" else nn.GroupNorm(2, 6)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(32, 3, 6, 6))
+        model[5].weight.mul_(4)
+    return model.eval()
+
+
+def pictures(count: int, seed: int = 0, shift: float = 0.5) -> Tensor:
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Two(nn.Module):
+    """Two inputs by name, answered as libraries answer: an object that has logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> Any:
+        class Answer:
+            logits = self.head(self.norm(left + right))
+
+        return Answer()
+
+
+# -- what it answers -----------------------------------------------------------------------------------------------------------------
+
+
+def test_tent_in_the_loop_is_tent_written_by_hand() -> None:
+    mine, theirs = network(), network()
+    loop = streamcl.online(mine, {"name": "tent", "optimizer": {"lr": 0.01}}, guard=False, window=None)
+    norm = theirs[1]
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    optimizer = torch.optim.Adam(norm.parameters(), lr=0.01)
+    for number in range(5):
+        x = pictures(16, number)
+        logits = theirs(x)
+        log = logits.log_softmax(1)
+        optimizer.zero_grad()
+        (-(log.exp() * log).sum(1).mean()).backward()
+        optimizer.step()
+        answer = loop(x)
+        torch.testing.assert_close(answer.scores, logits.detach(), atol=1e-6, rtol=0)
+        assert (answer.made, answer.version) == ("before", number)
+    assert loop.version == 5
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping", "batch"])
+def test_inputs_in_any_form_reach_the_module_as_they_were_given(form: str) -> None:
+    left, right = torch.randn(8, 5), torch.randn(8, 5)
+    torch.manual_seed(0)
+    model = Two()
+    expected = model(left, right).logits.detach()
+    if form == "tensor":
+        loop = streamcl.online(model, "tent", forward=lambda m, x: m(x[:, :5], x[:, 5:]).logits)
+        given: Any = torch.cat([left, right], 1)
+    else:
+        loop = streamcl.online(model, "tent")
+        given = {"tuple": (left, right), "mapping": {"left": left, "right": right}}.get(form)
+        if form == "batch":
+            given = Batch({"left": left, "right": right}, None, torch.arange(8))
+    torch.testing.assert_close(loop(given).scores, expected)
+    assert loop.counts["adapted"] == 8
+
+
+def test_the_deployed_model_answers_to_the_bit_whatever_was_learned_and_nothing_of_it_was_copied_but_what_is_adapted() -> None:
+    model = network()
+    before, x = tensors(model), pictures(32)
+    with torch.no_grad():
+        expected = model(x)
+    loop = streamcl.online(model, {"name": "tent", "optimizer": {"lr": 0.1}}, guard=False, window=None)
+    for number in range(6):
+        loop(pictures(16, number))
+    assert torch.equal(loop.frozen(x).scores, expected) and not torch.equal(loop.predict(x).scores, expected)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"1.weight", "1.bias"}, "neither other weights nor running statistics"
+    assert sum(value.numel() for value in loop.strategy.source.values()) == 12
+    loop.reset()
+    assert unchanged(model, before) and loop.version == 0
+
+
+@pytest.mark.parametrize("mode", ["inline", "shadow"])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_loop_that_comes_back_from_its_state_goes_on_to_the_bit(mode: Any, norm: str) -> None:
+    def made() -> streamcl.OnlineLoop:
+        return streamcl.online(network(norm=norm), {"name": "tent", "optimizer": {"lr": 0.02}}, mode=mode, promote=3)
+
+    whole, first, second = made(), made(), made()
+    for number in range(10):
+        whole(pictures(16, number)), first(pictures(16, number))
+    tree, values = flatten(first.state())
+    second.restore(unflatten(tree, {name: value.clone() for name, value in values.items()}))
+    for number in range(10, 20):
+        a, b = whole(pictures(16, number)), second(pictures(16, number))
+        assert torch.equal(a.scores, b.scores) and (a.version, a.made) == (b.version, b.made)
+    assert whole.status() == second.status()
+
+
+def test_a_snapshot_is_all_that_adapting_changed_and_can_be_used_again() -> None:
+    loop = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, guard=False, window=None)
+    loop(pictures(16, 0))
+    saved = loop.snapshot()
+    assert tree_bytes(saved) < 6000, "weights and bias of six channels, their moments, and a generator's state"
+    runs = []
+    for _ in range(2):
+        loop.restore(saved)
+        runs.append([loop(pictures(16, number)).scores for number in range(1, 5)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_it_works_where_gradients_are_switched_off_outside_and_the_model_was_left_in_training_mode() -> None:
+    model = network()
+    before = tensors(model)
+    loop = streamcl.online(model, "tent", guard=False, window=None)
+    with torch.inference_mode():
+        loop(torch.randn(16, 3, 6, 6))
+    with torch.no_grad():
+        loop(pictures(16))
+    model.train()
+    loop(pictures(16))
+    assert loop.strategy.counts["updates"] == 3
+    assert torch.equal(model[1].running_mean, before["1.running_mean"]) and not model.training
+
+
+# -- what is wrong with what it is given ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.full((4, 3, 6, 6), torch.nan), "input of sample 0 of the batch holds NaN or infinite values"),
+        (torch.empty(0, 3, 6, 6), "the batch is empty"),
+        ({"x": torch.randn(2, 3, 6, 6)}, "were given as a tensor, and this one as a mapping"),
+        ("a text", "a batch is a tensor, a sequence or a mapping"),
+        (torch.tensor(3.0), "is a single number"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["inline", "shadow"])
+def test_what_cannot_be_served_is_one_sentence_and_leaves_everything_as_it_was(given: Any, message: str, mode: Any) -> None:
+    loop = streamcl.online(network(), "tent", mode=mode)
+    loop(pictures(16))
+    before, status = loop.state()["snapshot"], loop.status()
+    with pytest.raises(DataError, match=message):
+        loop(given)
+    assert flatten(before)[0] == flatten(loop.state()["snapshot"])[0]
+    assert all(torch.equal(a, b) for a, b in zip(flatten(before)[1].values(), flatten(loop.state()["snapshot"])[1].values(), strict=True))
+    assert loop.status() == status
+
+
+def test_inputs_of_different_lengths_are_refused() -> None:
+    with pytest.raises(DataError, match="of different lengths: left 3, right 4"):
+        streamcl.online(Two(), "tent")({"left": torch.randn(3, 5), "right": torch.randn(4, 5)})
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Linear(3, 2), {}, "it looked for BatchNorm, LayerNorm, GroupNorm"),
+        ("resnet", {}, "stands around a torch.nn.Module"),
+        (network(), {"strategy": "er"}, "er learns from labels: the online loop takes a method of test-time adaptation"),
+        (network(), {"mode": "shadow", "strategy": "source"}, "changes answers and no weights"),
+        (network(), {"every": 0}, "every is 0: 1 or more is needed"),
+        (network(), {"guard": {"compare": 0}}, "compare is 0"),
+        (
+            network(),
+            {"guard": False, "canary": [(pictures(4), torch.zeros(4, dtype=torch.int64))]},
+            "watched by the guard, and there is none",
+        ),
+        (network(), {"calibrate": []}, "there is no batch in it"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_served(model: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        streamcl.online(model, **options)
+
+
+def test_a_module_that_does_not_return_scores_is_told_of_forward() -> None:
+    loop = streamcl.online(nn.Sequential(nn.LayerNorm(4)), "tent", forward=lambda m, x: m(x)[:, 0])
+    with pytest.raises(ConfigError, match="one row of scores for each sample is needed: give `forward`"):
+        loop(torch.randn(3, 4))
+
+
+# -- how often, and on what ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_from_every_nth_batch() -> None:
+    loop = streamcl.online(network(), "tent", every=3, guard=False, window=None)
+    versions = [loop(pictures(8, number)).version for number in range(7)]
+    assert versions == [0, 1, 1, 1, 2, 2, 2] and loop.strategy.counts["updates"] == 3
+
+
+def test_an_update_that_takes_longer_than_the_budget_is_left_out_and_counted() -> None:
+    loop = streamcl.online(network(), "tent", budget=1e-6, guard=False, window=None)
+    for number in range(5):
+        loop(pictures(8, number))
+    assert loop.strategy.counts["updates"] == 1 and loop.counts["over_budget"] == 4, "only the one that showed how long it takes"
+    generous = streamcl.online(network(), "tent", budget=1e6, guard=False, window=None)
+    for number in range(5):
+        generous(pictures(8, number))
+    assert generous.strategy.counts["updates"] == 5 and "over_budget" not in generous.counts
+
+
+def test_single_samples_are_normalised_by_the_newest_window_and_learned_from_once_per_window() -> None:
+    model, x = network(), pictures(40)
+    loop = streamcl.online(model, {"name": "tent", "optimizer": {"lr": 0.05}}, window=8, guard=False)
+    answers = [loop(x[place : place + 1]) for place in range(40)]
+    assert all(one.scores.shape == (1, 4) for one in answers)
+    with torch.no_grad():
+        alone = model(x[:7])  # in evaluation mode, with weights that changed since
+    assert loop.strategy.counts["updates"] == 5
+    fresh = network()
+    fresh[1].running_mean = fresh[1].running_var = None
+    torch.testing.assert_close(answers[7].scores, fresh(x[:8]).detach()[-1:], atol=1e-6, rtol=0)
+    frozen = network()
+    torch.testing.assert_close(torch.cat([one.scores for one in answers[:7]]), frozen(x[:7]).detach(), atol=1e-6, rtol=0)
+    assert [one.version for one in answers[:9]] == [0] * 8 + [1] and alone.shape == (7, 4)
+
+
+def test_without_batch_normalisation_each_sample_is_answered_alone() -> None:
+    model, x = network(norm="group"), pictures(24)
+    with torch.no_grad():
+        expected = model(x[:8])
+    loop = streamcl.online(model, "tent", window=8, guard=False)
+    answers = torch.cat([loop(x[place : place + 1]).scores for place in range(24)])
+    torch.testing.assert_close(answers[:8], expected, atol=1e-6, rtol=0)
+    assert loop.strategy.counts["updates"] == 3
+
+
+# -- shadow --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_in_shadow_mode_what_is_served_changes_only_by_promotion_and_shares_what_is_not_adapted() -> None:
+    model = network()
+    before, x = tensors(model), pictures(16, 99)
+    with torch.no_grad():
+        expected = model(x)
+    loop = streamcl.online(model, {"name": "tent", "optimizer": {"lr": 0.05}}, mode="shadow", guard=False, promote=4)
+    for number in range(3):
+        assert loop(pictures(16, number)).version == 0
+    assert torch.equal(loop.predict(x).scores, expected) and unchanged(model, before)
+    twin, own = dict(loop.model.named_parameters()), dict(loop.served.named_parameters())
+    assert {name for name in own if own[name].data_ptr() != twin[name].data_ptr()} == {"module.1.weight", "module.1.bias"}
+    loop(pictures(16, 3))
+    assert loop.version == 1 and not torch.equal(loop.predict(x).scores, expected)
+    whole = loop.predict(x).scores
+    torch.testing.assert_close(loop.predict(x[:1]).scores, whole[:1], atol=1e-6, rtol=0)  # whatever else is in the batch
+    assert loop.rollback() == 0 and torch.equal(loop.predict(x).scores, expected) and unchanged(model, before)
+
+
+def test_versions_are_numbered_on_and_can_be_gone_back_to() -> None:
+    loop = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, mode="shadow", guard=False, promote=2, keep=3)
+    x, served = pictures(8, 99), {}
+    for number in range(10):
+        loop(pictures(16, number))
+        served[loop.version] = loop.predict(x).scores
+    assert loop.version == 5 and loop.status()["versions"] == [0, 3, 4, 5]
+    assert loop.rollback(3) == 3 and torch.equal(loop.predict(x).scores, served[3])
+    for number in range(2):
+        loop(pictures(16, number))
+    assert loop.version == 6, "a number is never used twice"
+    with pytest.raises(ConfigError, match="there is no version 4 to go back to; there are 0, 3, 6"):
+        loop.rollback(4)
+    assert loop.promote() == 7 and loop.rollback() == 6 and loop.rollback(0) == 0
+
+
+def test_it_answers_while_another_thread_learns_and_every_answer_is_of_one_version() -> None:
+    loop = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, mode="shadow", guard=False, promote=1)
+    x, seen, wrong, done = pictures(4, 99), {}, [], threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            answer = loop.predict(x)
+            if not torch.equal(seen.setdefault(answer.version, answer.scores), answer.scores):
+                wrong.append(answer.version)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for one in threads:
+        one.start()
+    for number in range(30):
+        loop.learn(pictures(16, number))
+    done.set()
+    for one in threads:
+        one.join()
+    assert not wrong and loop.version == 30
+
+
+# -- labels that come late -----------------------------------------------------------------------------------------------------------
+
+
+def test_late_labels_are_matched_by_id_scored_and_compared_with_the_deployed_model() -> None:
+    loop = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, guard=False, window=None, remember=64)
+    answers = [loop(pictures(16, number)) for number in range(4)]
+    said = torch.cat([one.labels() for one in answers])
+    ids = torch.tensor([5, 20, 63, 40, 1000])
+    told = torch.cat([said[ids[:4]], torch.tensor([0])])
+    told[0] = (told[0] + 1) % 4
+    found = loop.feedback(ids, told)
+    assert (found["found"], found["unknown"], found["labelled"], found["right"]) == (4, 1, 4, 3)
+    frozen = torch.cat([loop.frozen(pictures(16, number)).labels() for number in range(4)])
+    assert found["recent_accuracy_frozen"] == float((frozen[ids[:4]] == told[:4]).double().mean())
+    version = loop.version
+    assert loop.feedback(ids[:2], told[:2], correct=True)["learned"] == 2 and loop.version == version + 1
+    with pytest.raises(DataError, match="one id and one class"):
+        loop.feedback(ids, told[:2])
+
+
+def test_learning_from_late_labels_lowers_their_loss() -> None:
+    loop = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, guard=False, window=None, remember=2000, every=1000)
+    x, target = pictures(32), torch.arange(32) % 4
+    loop(pictures(4, 7)), loop(x)
+
+    def loss() -> float:
+        return float(nn.functional.cross_entropy(loop.predict(x).scores, target))
+
+    before, ids = loss(), torch.arange(4, 36)
+    for _ in range(10):
+        loop.feedback(ids, target, correct=True)
+    assert loss() < before - 0.05
