@@ -16,8 +16,9 @@ diversity    The entropy of the classes that A decided for over the newest sampl
 fisher       With calibration data: half the squared distance to the source's weights in the Fisher metric of the source, in nats
              (the divergence of the answers, to second order), stays under `drift`.
 canary       With labelled samples: their accuracy does not fall more than `drop` below that of the deployed model.
-feedback     With labels that come late: the answers that were served are not worse than the deployed model's on the same samples, beyond
-             `drop` and two standard errors.
+feedback     With labels that come late: the model that adapts is not worse than the deployed one on the same samples, beyond `drop` and
+             two standard errors. If it is better by as much, that overrules the choice by certainty: a shift can make the deployed model
+             certain of the wrong class, and only labels tell.
 not finite   Answers that are not finite are never served. A step whose loss or gradient is not finite is not made at all.
 
 What drift, diversity, fisher and canary say is a strike. The first ones restore the last state that the guard was content with, and updates
@@ -80,6 +81,7 @@ class Guard:
         self.alert = True  # whether every batch is compared: at the beginning, after a restart, and while something is near its limit
         self.figures: dict[str, float] = {}
         self.canary_source: float | None = None
+        self.overruled = False  # labels have shown that what adapts is better
         self._arrival = _Arrival()
         self._sums: Tensor | None = None
         self._certain: Tensor | None = None  # of the choice of statistics, which has to be quick
@@ -114,7 +116,7 @@ class Guard:
         if apart > HARDLY * chosen_by:
             correlated = together is None or together > self.correlation * log_classes
             earned = -self.gain * log_classes * apart / chosen_by if correlated else 0.0
-        self.prefers_frozen = mean > earned
+        self.prefers_frozen = mean > earned and not self.overruled
         self.figures = {
             "disagreement": differs / samples,
             "limit": limit,
@@ -143,6 +145,15 @@ class Guard:
         assert self.canary_source is not None
         if accuracy < self.canary_source - max(self.drop, 1.5 / samples):
             return f"canary: {accuracy:.1%} of the labelled samples are right, and {self.canary_source:.1%} were with the deployed model"
+        return None
+
+    def look_at_labels(self, ours: int, theirs: int, apart: int, samples: int) -> str | None:
+        """What labelled samples say: how many answers of the adapting model were right, of the deployed one, and of one alone."""
+        lead, beyond = (ours - theirs) / samples, max(self.drop, 2 * apart**0.5 / samples)
+        self.figures["feedback"] = lead
+        self.overruled = lead > (0 if self.overruled else beyond)
+        if lead < -beyond:
+            return f"feedback: {ours / samples:.1%} of the labelled answers were right, and {theirs / samples:.1%} of the deployed model's"
         return None
 
     def look_at_drift(self, distance: float) -> str | None:
@@ -177,7 +188,7 @@ class Guard:
     def restart(self) -> None:
         """As at the beginning."""
         self.struck = self.bypasses = 0
-        self.bypassing, self.until, self.prefers_frozen = False, None, False
+        self.bypassing, self.until, self.prefers_frozen, self.overruled = False, None, False, False
         self._sums, self._certain, self.alert, self.figures, self._arrival = None, None, True, {}, _Arrival()
 
     def state(self) -> dict[str, Any]:
@@ -188,6 +199,7 @@ class Guard:
             "bypassing": self.bypassing,
             "prefers_frozen": self.prefers_frozen,
             "alert": self.alert,
+            "overruled": self.overruled,
             "figures": dict(self.figures),
             "canary_source": self.canary_source,
             "sums": None if self._sums is None else self._sums.clone(),
@@ -197,7 +209,7 @@ class Guard:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name in ("struck", "bypasses", "until", "bypassing", "prefers_frozen", "alert", "canary_source"):
+        for name in ("struck", "bypasses", "until", "bypassing", "prefers_frozen", "alert", "overruled", "canary_source"):
             setattr(self, name, state[name])
         self.figures = dict(state["figures"])
         self._sums, self._certain = (None if state[name] is None else state[name].clone() for name in ("sums", "certain"))

@@ -108,9 +108,10 @@ class OnlineLoop:
         self._costs: dict[str, float] = {}  # milliseconds of answering and of adapting
         self._tried = 0  # the batch at which the budget was last tried
         self._since = 0  # updates since the last version
-        self._answers: deque[tuple[Tensor, Tensor, Tensor | None]] = deque(maxlen=REMEMBERED)
+        self._answers: deque[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = deque(maxlen=REMEMBERED)
+        self._undecided: Tensor | None = None  # of the batch at hand: what the model that adapts decided, before the guard chose
         self._waiting: deque[Batch] = deque()  # samples that may yet be labelled
-        self._labelled: deque[tuple[bool, bool]] = deque(maxlen=FEEDBACK)  # whether the answer was right, and the deployed model's
+        self._labelled: deque[tuple[bool, bool]] = deque(maxlen=FEEDBACK)  # whether the adapting model was right, and the deployed one
         self._known = {"labelled": 0, "right": 0, "unknown": 0}
         if mode == "shadow" and self._by_batch and strategy.gathered is None:
             strategy.gathered = Gathered(strategy.layers)
@@ -191,7 +192,8 @@ class OnlineLoop:
         assert prediction.scores is not None
         if self.strategy.info.target == "class":
             decided = prediction.scores.argmax(dim=1)
-            self._answers.append((batch.ids, decided, None if frozen is None else frozen.argmax(dim=1)))
+            self._answers.append((batch.ids, decided, None if frozen is None else frozen.argmax(dim=1), self._undecided))
+            self._undecided = None
         if self.remember and self.strategy.info.target == "class":
             self._waiting.append(batch)
             while sum(len(one) for one in self._waiting) - len(self._waiting[0]) >= self.remember:
@@ -228,7 +230,10 @@ class OnlineLoop:
                 self._adapted(lesson)
         frozen: Tensor | None = None
         if guard is not None:
+            assert prediction.scores is not None
+            decided = prediction.scores.argmax(dim=1)[len(asked_of) - len(batch) :]
             prediction, frozen = self._guarded(asked_of, prediction, reference, number)
+            self._undecided = decided if self.strategy.info.target == "class" else None
         elif self.mode == "shadow" and self._since >= self.promote_after:
             self._publish("after so many updates")
         if len(asked_of) > len(batch):
@@ -350,11 +355,10 @@ class OnlineLoop:
             self._canary_at = number
             reason = guard.look_at_canary(self._on_canary(self._as_served), sum(len(one) for one in self.canary))
         if reason is None and len(self._labelled) >= FEWEST:
-            ours, theirs = (sum(float(one[which]) for one in self._labelled) / len(self._labelled) for which in (0, 1))
-            apart = sum(one[0] != one[1] for one in self._labelled)
-            if theirs - ours > max(guard.drop, 2 * apart**0.5 / len(self._labelled)):
+            ours, theirs = (sum(int(one[which]) for one in self._labelled) for which in (0, 1))
+            reason = guard.look_at_labels(ours, theirs, sum(one[0] != one[1] for one in self._labelled), len(self._labelled))
+            if reason is not None:
                 self._labelled.clear()
-                reason = f"feedback: {ours:.1%} of the labelled answers were right, and {theirs:.1%} of the deployed model's"
         return reason
 
     def _as_served(self, batch: Batch) -> Tensor:
@@ -547,7 +551,7 @@ class OnlineLoop:
             if ids.dim() != 1 or targets.shape != ids.shape or targets.is_floating_point():
                 raise DataError("feedback is one id and one class (a whole number) for each sample")
             found = 0
-            for known, decided, frozen in self._answers:
+            for known, decided, frozen, adapting in self._answers:
                 at, which = _matches(known.cpu(), ids)
                 if not len(at):
                     continue
@@ -557,7 +561,8 @@ class OnlineLoop:
                 self._known["right"] += int(right.sum())
                 theirs = frozen.cpu()[at] if frozen is not None else self._frozen_on(known[at])
                 if theirs is not None:
-                    self._labelled.extend(zip(right.tolist(), (theirs == targets[which]).tolist(), strict=True))
+                    ours = right if adapting is None else adapting.cpu()[at] == targets[which]
+                    self._labelled.extend(zip(ours.tolist(), (theirs == targets[which]).tolist(), strict=True))
             self._known["unknown"] += len(ids) - found
             learned = self._correct(ids, targets) if correct else 0
             return {**self._figures_of_labels(), "found": found, "learned": learned}
@@ -663,7 +668,7 @@ class OnlineLoop:
         }
 
     def _tell(self, kind: str, reason: str, **more: Any) -> None:
-        event = {"batch": self.batches, "what": kind, "reason": reason, **more}
+        event = {"batch": self.batches, "samples": self.samples, "what": kind, "reason": reason, **more}
         self.happened.append(event)
         self._count(kind)
         self.context.events.emit("guard", **event)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,15 @@ from typing import Any
 from streamcl.comparing import Run, scored
 from streamcl.evaluation import forgetting_per_task
 from streamcl.pictures import read_sheets
+from streamcl.sinks.jsonl import read_events
 from streamcl.wording import LOWER, NOTHING, Scale, duration, shortened, size
 
 WIDTH = 920  # of a figure over the whole page
 HALF = 448
 COLOURS = 6
+STEPS = 240  # of a curve over samples: more than that are no longer told apart
+TOLD = 50  # rows of the table of what the guard did
+AGAINST = {"restore", "bypass", "rollback", "reset"}  # what undoes or stops adapting
 
 NUMBERS = {
     "final": "Final",
@@ -70,6 +76,8 @@ table { border-collapse: collapse; width: 100%; font: .86rem/1.45 var(--sans); f
 caption { caption-side: bottom; text-align: left; color: var(--soft); font: .9rem/1.45 var(--serif); padding-top: .6rem; }
 th, td { padding: .34rem .7rem .34rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 thead th { font-weight: 600; border-bottom-color: var(--soft); } tbody th { font-weight: 500; white-space: nowrap; }
+svg .band { fill: var(--wash); } svg .between { stroke: var(--rule); stroke-width: 1; }
+svg .against { fill: var(--c3); } svg .other { fill: var(--paper); stroke: var(--c3); stroke-width: 1.4; }
 .n { text-align: right; padding-right: 1.4rem; white-space: nowrap; }
 thead tr:first-child th { border-top: 1px solid var(--soft); }
 details { margin: 1rem 0; border-top: 1px solid var(--rule); padding-top: .7rem; }
@@ -89,8 +97,10 @@ def render(directory: Path, others: Sequence[Path] = ()) -> str:
     names = _told_apart(everyone)
     scores = run.scores
     title = f"{run.strategy} on {run.scenario}"
-    body = [f"<h1>{escape(title)}</h1>", *_head(run)]
+    served = read_served(directory)
+    body = [f"<h1>{escape(title)}</h1>", *_head(run, served)]
     count, tables = itertools.count(1), itertools.count(1)
+    body += _served(count, tables, served, everyone, names)
     if not scores.get("per_task"):
         body.append("<p>Nothing was scored yet.</p>")
     elif not scored(scores):
@@ -104,15 +114,17 @@ def render(directory: Path, others: Sequence[Path] = ()) -> str:
         few = len(scores["per_task"]) <= 7  # the matrix and the curve stand side by side
         width = HALF if few else WIDTH
         body += [
+            _segments(tables, run, served, scale),
             '<div class="pair">' if few else "<div>",
-            _figure(count, _heat_map(scores, scale, width), _matrix_caption(scores, scale)),
-            _figure(count, _curves(everyone, names, scale, width), _curves_caption(scores, everyone)),
+            # of a stream that is served once, the matrix is its diagonal: the table of segments says it
+            "" if served.blocks else _figure(count, _heat_map(scores, scale, width), _matrix_caption(scores, scale)),
+            "" if served.blocks else _figure(count, _curves(everyone, names, scale, width), _curves_caption(scores, everyone)),
             "</div>",
             '<div class="pair">',
             _forgetting(count, scores, scale),
             _memory(count, everyone, names),
             "</div>",
-            _classes(count, scores, scale),
+            _classes(count, scores, scale, "in the last segment" if served.blocks else "after the last task"),
             _painted(count, directory),
             _time(count, scores),
             _side_by_side(tables, everyone, names) if len(everyone) > 1 else "",
@@ -142,17 +154,19 @@ def render(directory: Path, others: Sequence[Path] = ()) -> str:
 # -- what is said --------------------------------------------------------------------------------------------------------------
 
 
-def _head(run: Run) -> list[str]:
+def _head(run: Run, served: Served) -> list[str]:
     scores, environment = run.scores, run.environment
     tasks, classes = scores.get("tasks") or [], ((scores.get("per_class") or {}).get("classes")) or []
     learned = len(scores.get("per_task") or ())
     samples = scores.get("samples_seen")
     resume = scores.get("resume") or {}
+    unit = "segment" if served.blocks else "task"
+    adapted = f", {_spaced(served.adapted)} of them adapted to" if served.blocks else ""
     facts = [
-        f"{learned} task{'s' * (learned != 1)}" if learned else None,
+        f"{learned} {unit}{'s' * (learned != 1)}" if learned else None,
         f"{len(classes)} classes" if classes else None,
         f"{sum(note.get('test') or 0 for note in tasks):,} test samples".replace(",", " ") if tasks else None,
-        f"{samples:,} samples learned".replace(",", " ") if samples else None,
+        f"{_spaced(samples)} samples {'served' if served.blocks else 'learned'}{adapted}" if samples else None,
         f"{scores['parameters']:,} parameters".replace(",", " ") if scores.get("parameters") else None,
         f"seed {run.seed}" if run.seed is not None else None,
         str(environment["device"]) if environment.get("device") else None,
@@ -163,10 +177,12 @@ def _head(run: Run) -> list[str]:
         lines.append(f'<p class="state">This run is not finished ({escape(run.status)}): what follows is how far it got.</p>')
     if scored(scores):
         scale = Scale(scores["per_task"], metric=scores["metric"])
+        deployed = (scores.get("heads") or {}).get("frozen")
         lead = [
             (f"Final {scores['metric']}", scale.score(scores["final"])),
+            *([("As deployed", scale.score(deployed["final"]))] if deployed else []),
             ("Average incremental", scale.score(scores["average_incremental"])),
-            ("Forgetting", scale.difference(scores["forgetting"])),
+            *([] if served.blocks else [("Forgetting", scale.difference(scores["forgetting"]))]),
             ("Memory", size(scores.get("memory_bytes"))),
             ("Time", duration((scores.get("seconds") or {}).get("total"))),
         ]
@@ -212,7 +228,7 @@ def _memory(count: Iterator[int], everyone: Sequence[Run], names: Sequence[str])
     )
 
 
-def _classes(count: Iterator[int], scores: dict[str, Any], scale: Scale) -> str:
+def _classes(count: Iterator[int], scores: dict[str, Any], scale: Scale, when: str) -> str:
     per_class = scores.get("per_class")
     if not per_class:
         return ""
@@ -220,7 +236,7 @@ def _classes(count: Iterator[int], scores: dict[str, Any], scale: Scale) -> str:
     known = sorted(((value, name) for value, name in zip(last, names, strict=True) if value is not None), key=lambda pair: pair[0])
     if not known:
         return ""
-    caption = f"<b>{escape(str(scores['metric']).capitalize())} per class{' in %' if scale.percent else ''}</b> after the last task."
+    caption = f"<b>{escape(str(scores['metric']).capitalize())} per class{' in %' if scale.percent else ''}</b> {when}."
     if len(names) > 10:
         listed = [", ".join(f"{escape(shortened(n, 24))} ({scale.number(v)})" for v, n in part) for part in (known[:3], known[:-4:-1])]
         caption += f" Lowest: {listed[0]}. Highest: {listed[1]}."
@@ -399,6 +415,209 @@ def _told_apart(runs: Sequence[Run]) -> list[str]:
     return names
 
 
+# -- what was served -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Figures of the samples from `start` up to `end` of a test-time stream. A figure that is not known is None."""
+
+    start: int
+    end: int
+    accuracy: float | None
+    deployed: float | None
+    entropy: float | None
+    adapted: int  # samples adapted to since the stream began
+
+
+@dataclass
+class Served:
+    """What was served of a test-time stream, and what the guard did. All empty of another stream."""
+
+    blocks: list[Block] = field(default_factory=list)
+    segments: list[tuple[int, str, int, int]] = field(default_factory=list)  # number, name, and from which sample up to which
+    guard: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return self.blocks[-1].end
+
+    @property
+    def adapted(self) -> int:
+        return self.blocks[-1].adapted
+
+    def segment(self, sample: int | None) -> str:
+        """The name of the segment that this sample is in."""
+        return next((name for _, name, start, end in self.segments if sample is not None and start <= sample < end), NOTHING)
+
+
+def read_served(directory: Path) -> Served:
+    """From the events. A run that was resumed in a segment serves the segment again: of what it said twice the later counts."""
+    names: dict[int, str] = {}
+    told: dict[int, list[dict[str, Any]]] = {}
+    acts: dict[int, list[dict[str, Any]]] = {}
+    waiting: list[dict[str, Any]] = []  # what the guard did since the last event that named its segment
+    begun, current = False, 0
+    for event in read_events(directory / "events.jsonl"):
+        fields = event.fields
+        if event.kind == "run_started":
+            waiting, begun = [], True
+        elif event.kind == "guard":
+            waiting.append(fields)
+        elif event.kind in ("task_started", "served", "scored", "task_finished"):
+            current = fields["task"]
+            if begun:
+                told, acts = ({task: kept for task, kept in found.items() if task < current} for found in (told, acts))
+                begun = False
+            acts.setdefault(current, []).extend(waiting)
+            waiting = []
+            if event.kind == "task_started":
+                names[current] = str(fields["name"])
+            elif event.kind == "served":
+                told.setdefault(current, []).append(fields)
+    if not begun:
+        acts.setdefault(current, []).extend(waiting)
+    served, at = Served(guard=[act for task in sorted(acts) for act in acts[task]]), 0
+    for task in sorted(told):
+        first = at
+        for one in told[task]:
+            figures = one["accuracy"], one["accuracy_frozen"], one["entropy"]
+            served.blocks.append(Block(at, one["samples"], *figures, (one.get("counts") or {}).get("adapted", 0)))
+            at = one["samples"]
+        served.segments.append((task, names.get(task, f"segment {task + 1}"), first, at))
+    return served
+
+
+def _pooled(served: Served) -> list[Block]:
+    """At most about STEPS blocks: neighbours of one segment are drawn as one where there are more."""
+    size = math.ceil(len(served.blocks) / STEPS)
+    if size < 2:
+        return served.blocks
+    pooled = []
+    for _, _, start, end in served.segments:
+        inside = [block for block in served.blocks if start <= block.start < end]
+        pooled += [_joined(inside[i : i + size]) for i in range(0, len(inside), size)]
+    return pooled
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    def mean(of: Callable[[Block], float | None]) -> float | None:
+        known = [(value, block.end - block.start) for block in blocks if (value := of(block)) is not None]
+        whole = sum(weight for _, weight in known)
+        return sum(value * weight for value, weight in known) / whole if whole else None
+
+    return Block(
+        blocks[0].start,
+        blocks[-1].end,
+        mean(lambda block: block.accuracy),
+        mean(lambda block: block.deployed),
+        mean(lambda block: block.entropy),
+        blocks[-1].adapted,
+    )
+
+
+def _served(count: Iterator[int], tables: Iterator[int], served: Served, everyone: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Over the samples served: accuracy beside the deployed model's, entropy, how many were adapted to, and what the guard did."""
+    did = _guard(tables, served)
+    if not served.blocks:
+        return [did]
+    blocks = _pooled(served)
+    beside = [
+        (name, _pooled(other)) for run, name in zip(everyone[1:], names[1:], strict=True) if (other := read_served(run.directory)).blocks
+    ]
+    series = [
+        Line(names[0], [(block.start, block.end, block.accuracy) for block in blocks], 0),
+        Line("as deployed", [(block.start, block.end, block.deployed) for block in blocks], 1),
+        *(Line(name, [(b.start, b.end, b.accuracy) for b in other], 2 + i) for i, (name, other) in enumerate(beside)),
+    ]
+    labels, common = _segment_names(served)
+    percent = Scale([], digits=0, percent=True)
+    several = len(served.segments) > 1
+    each = max(block.end - block.start for block in blocks)
+    caption = f"<b>Accuracy of what was served</b>, a step for each {_spaced(each)} samples"
+    caption += (
+        ", and of the model as it was deployed on the same samples." if series[1].known else "; the deployed model was not run beside."
+    )
+    caption += f" The bands are the segments of the stream{escape(common)}." if several else ""
+    if any(act.get("samples") is not None for act in served.guard):
+        caption += " Below: where the guard undid or stopped adapting (triangles), and what else it did (rings)."
+    certain = [Line("", [(block.start, block.end, block.entropy) for block in blocks], 0)]
+    learned = [
+        Line("adapted to", [(0, 0, 0.0), *((block.end, block.end, float(block.adapted)) for block in blocks)], 0, steps=False),
+        Line("served", [(0, 0, 0.0), (served.samples, served.samples, float(served.samples))], 1, steps=False),
+    ]
+    parts = [_figure(count, _over_samples(series, served, WIDTH, 270, percent.score, "Accuracy", labels=labels, ceiling=1.0), caption)]
+    parts.append('<div class="pair">')
+    if certain[0].known:
+        told = "<b>Mean entropy</b> of the answers, in nats: low where the model is certain, rightly or not."
+        parts.append(
+            _figure(count, _over_samples(certain, served, HALF, 170, lambda value: f"{value:.3g}", "Entropy", from_zero=True), told)
+        )
+    told = "<b>Samples adapted to</b>, of those served."
+    parts.append(_figure(count, _over_samples(learned, served, HALF, 170, _spaced, "Samples adapted to", from_zero=True), told))
+    return [*parts, "</div>", did]
+
+
+def _segment_names(served: Served) -> tuple[list[str], str]:
+    """The segments' names, and what was left out of them because all of them end with it."""
+    names = [name for _, name, _, _ in served.segments]
+    ends = {name.partition(", ")[2] for name in names}
+    if len(names) < 2 or len(ends) > 1 or ends == {""}:
+        return names, ""
+    return [name.partition(", ")[0] for name in names], f", each of {ends.pop()}"
+
+
+def _segments(count: Iterator[int], run: Run, served: Served, scale: Scale) -> str:
+    """What was reached in each segment, as it was served."""
+    if not served.blocks:
+        return ""
+    reached, deployed = run.scores["per_task"], ((run.scores.get("heads") or {}).get("frozen") or {}).get("per_task") or []
+    rows = []
+    for task, name, start, end in served.segments:
+        ours, theirs = (values[task] if task < len(values) else None for values in (reached, deployed))
+        gain = None if ours is None or theirs is None else ours - theirs
+        rows.append([name, _spaced(end - start), scale.number(ours), scale.number(theirs), scale.number(gain)])
+    table = _table(
+        count,
+        ["segment", "samples", "as served", "as deployed", "difference"],
+        rows,
+        f"<b>{escape(str(run.scores['metric']).capitalize())} in each segment{', in %' if scale.percent else ''}.</b>",
+    )
+    return table if len(rows) <= 20 else f"<details><summary>Segments</summary>{table}</details>"
+
+
+def _guard(count: Iterator[int], served: Served) -> str:
+    if not served.guard:
+        return ""
+    rows = []
+    for act in served.guard[:TOLD]:
+        sample = act.get("samples")
+        at = NOTHING if sample is None else _spaced(sample)
+        rows.append(
+            f'<tr><td class="n">{at}</td><td>{escape(served.segment(sample))}</td><td>{escape(str(act["what"]))}</td>'
+            f"<td>{escape(str(act['reason']))}</td><td>{escape(_then(act))}</td></tr>"
+        )
+    kinds = Counter(str(act["what"]) for act in served.guard)
+    left = len(served.guard) - len(rows)
+    caption = f"<b>What the guard did:</b> {escape(', '.join(f'{number} {what}' for what, number in kinds.most_common()))}."
+    caption += f" The first {len(rows)} are shown; {_spaced(left)} more are in events.jsonl." if left else ""
+    return (
+        '<div class="table"><table><thead><tr><th class="n">after samples</th><th>segment</th><th>what</th><th>reason</th><th>served then</th>'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody>{_caption(count, caption)}</table></div>"
+    )
+
+
+def _then(act: dict[str, Any]) -> str:
+    """What is served after it."""
+    if act.get("serves") is not None:
+        return "as deployed" if act["serves"] == "frozen" else "what adapts"
+    return NOTHING if act.get("version") is None else f"version {act['version']}"
+
+
+def _spaced(number: float) -> str:
+    return f"{number:,.0f}".replace(",", " ")
+
+
 # -- what is drawn -------------------------------------------------------------------------------------------------------------
 
 
@@ -538,6 +757,126 @@ def _lines(
             weight = ";font-weight:600" if number == 0 else ""
             pieces.append(_text(x + 10, floor + 4, shortened(name, 24), more=f' style="fill:var(--c{number % COLOURS}){weight}"'))
     return _svg(width, height, pieces, f"{', '.join(name for name, _ in series)} over tasks")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Values over samples, each from one sample up to another; those of a line without steps stand at a point."""
+
+    name: str
+    values: Sequence[tuple[int, int, float | None]]
+    colour: int
+    steps: bool = True
+
+    @property
+    def known(self) -> list[float]:
+        return [value for _, _, value in self.values if value is not None]
+
+
+def _over_samples(
+    series: Sequence[Line],
+    served: Served,
+    width: int,
+    height: int,
+    say: Callable[[float], str],
+    label: str,
+    labels: Sequence[str] = (),
+    from_zero: bool = False,
+    ceiling: float | None = None,
+) -> str:
+    """Lines over the samples served, on bands that are the segments; with `labels` the segments are named, and the guard's acts marked."""
+    series = [line for line in series if line.known]
+    values = [value for line in series for value in line.known]
+    low, high = (0.0 if from_zero else min(values)), max(values)
+    ticks = _ticks(low if ceiling is None else min(low, high - 0.05), high, 5 if labels else 4)
+    if ceiling is not None:
+        ticks = [tick for tick in ticks if tick <= ceiling + 1e-9]
+    named = len(series) > 1
+    left, right = 62, min(190, 24 + 7 * max(len(shortened(line.name, 24)) for line in series)) if named else 24
+    inner = width - left - right
+    total = max(line.values[-1][1] for line in series)
+    widest = max((6.4 * len(name) for name in labels), default=0.0)
+    flat = all(
+        6.4 * len(name) + 8 <= inner * (end - start) / total for name, (_, _, start, end) in zip(labels, served.segments, strict=False)
+    )
+    spoken = len(served.segments) <= 40
+    top = 12 + (0 if not labels or len(labels) < 2 else 14 if flat or not spoken else 10 + 0.65 * widest)
+    marks = [act for act in served.guard if act.get("samples") is not None] if labels else []
+    lane = 16 if marks else 0
+    height = int(height + top + lane)
+    tall = height - top - lane - 46
+
+    def across(sample: float) -> float:
+        return left + inner * sample / (total or 1)
+
+    def up(value: float) -> float:
+        return top + tall * (1 - (value - ticks[0]) / ((ticks[-1] - ticks[0]) or 1.0))
+
+    pieces = []
+    every = math.ceil(len(served.segments) * (8 + 7 * len(str(len(served.segments)))) / inner)
+    for place, (number, name, start, end) in enumerate(served.segments):
+        x, wide = across(start), across(end) - across(start)
+        box = f'x="{x:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{tall:.1f}"'
+        shade = 'class="band"' if place % 2 else 'fill="transparent"'
+        pieces.append(f"<g><title>{escape(f'{name}: samples {_spaced(start)} to {_spaced(end)}')}</title><rect {box} {shade}/></g>")
+        if place:
+            pieces.append(_line(x, top, x, top + tall, "between"))
+        if len(labels) < 2:
+            continue
+        middle = x + wide / 2
+        if flat:
+            pieces.append(_text(middle, top - 7, labels[place], "middle", "soft"))
+        elif spoken:
+            pieces.append(_text(middle, top - 7, labels[place], kind="soft", more=f' transform="rotate(-40 {middle:.1f} {top - 7:.1f})"'))
+        elif place % every == 0:
+            pieces.append(_text(middle, top - 7, str(number + 1), "middle", "soft"))
+    for tick in ticks:
+        pieces += [_line(left, up(tick), left + inner, up(tick), "rule"), _text(left - 9, up(tick) + 4, say(tick), "end", "soft")]
+    foot = height - 26
+    for tick in _ticks(0.0, total, 6 if width == WIDTH else 4):
+        if tick <= total:
+            pieces.append(_text(across(tick), foot, _spaced(tick), "middle", "soft"))
+    pieces.append(_text(left + inner / 2, height - 5, "samples served", "middle", "soft"))
+    for line in reversed(series):  # the first is drawn over the others
+        path, pen = [], False
+        for start, end, value in line.values:
+            if value is None:
+                pen = False
+                continue
+            to = f"{across(start):.1f} {up(value):.1f}"
+            path.append((f"L{to}" if pen else f"M{to}") + (f"H{across(end):.1f}" if line.steps else ""))
+            pen = True
+        first = line is series[0]
+        dashes = "" if first else f' stroke-dasharray="{("6 3", "2 3", "8 3 2 3")[(line.colour - 1) % 3]}"'
+        stroke = f'stroke="var(--c{line.colour % COLOURS})" stroke-width="{2 if first else 1.6}" stroke-linejoin="round"{dashes}'
+        pieces.append(f'<path d="{"".join(path)}" fill="none" {stroke}/>')
+    if named:
+        floor = -math.inf
+        for y, line in sorted(((up(line.known[-1]), line) for line in series), key=lambda pair: pair[0]):
+            floor = max(y, floor + 15)
+            weight = ";font-weight:600" if line is series[0] else ""
+            style = f' style="fill:var(--c{line.colour % COLOURS}){weight}"'
+            pieces.append(_text(left + inner + 10, floor + 4, shortened(line.name, 24), more=style))
+    pieces += _marks(marks, across, top + tall + 9)
+    return _svg(width, height, pieces, f"{label} over samples served")
+
+
+def _marks(acts: Sequence[dict[str, Any]], across: Callable[[float], float], y: float) -> list[str]:
+    """What the guard did, where it did it; what lies too close together is one mark that says all of it."""
+    places: dict[int, list[dict[str, Any]]] = {}
+    for act in acts:
+        places.setdefault(round(across(act["samples"]) / 9), []).append(act)
+    pieces = []
+    for together in places.values():
+        x = across(together[0]["samples"])
+        told = [f"after {_spaced(act['samples'])} samples, {act['what']}: {act['reason']}" for act in together[:5]]
+        told += [f"and {len(together) - 5} more"] if len(together) > 5 else []
+        if any(act["what"] in AGAINST for act in together):
+            shape = f'<path d="M{x - 5:.1f} {y + 4:.1f}h10l-5 -9z" class="against"/>'
+        else:
+            shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" class="other"/>'
+        pieces.append(f"<g><title>{escape(chr(10).join(told))}</title>{shape}</g>")
+    return pieces
 
 
 def _bars(
