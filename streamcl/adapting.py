@@ -40,6 +40,8 @@ class AdaptingStrategy(Strategy):
     changes_weights: ClassVar[bool] = True  # False for what changes answers alone, or forgets after each sample: nothing to promote
     window: int | None = None  # a method that is defined on windows of samples says how many, and is handed nothing less
     clip: float | None = None  # the largest norm that the gradients of a step may have
+    reads_batch: ClassVar[bool] = False  # its answer to a sample depends on the others of the batch, in another way than by statistics
+    needs_references: ClassVar[str] = ""  # what it wants labelled samples for before anything is served (`refer`), where it does
     needs_calibration: ClassVar[str] = ""  # what it wants unlabelled source data for, where it cannot do without
 
     def __init__(
@@ -87,6 +89,9 @@ class AdaptingStrategy(Strategy):
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Unlabelled data of the source, before anything is served: prepared batches."""
+
+    def refer(self, batches: Iterable[Batch]) -> None:
+        """Labelled data to keep and to refer to, before anything is served: prepared batches."""
 
     def own_state(self) -> dict[str, Any]:
         """What changes while it adapts, beside the adapted tensors and the optimiser: tensors and JSON values."""
@@ -182,6 +187,7 @@ class AdaptingStrategy(Strategy):
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(self.adapted.values(), self.clip, size)
             optimizer.step() if scaler is None else scaler.step(optimizer)
+            torch.clear_autocast_cache()  # else the rest of an autocast answers with the weights before the step
         if scaler is not None:
             scaler.update()
         for value in self.adapted.values():

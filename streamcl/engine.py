@@ -193,10 +193,11 @@ class Engine:
         limits = {} if isinstance(online.guard, bool) else dataclasses.asdict(online.guard)
         guard = Guard(**limits) if isinstance(online.guard, GuardConfig) or online.guard else None
         loop = OnlineLoop(strategy, guard=guard, every=online.every, window=online.window, budget=online.budget)
-        wanted = guard is not None or type(strategy).calibrate is not AdaptingStrategy.calibrate or strategy.needs_calibration
+        refers = type(strategy).refer is not AdaptingStrategy.refer
+        wanted = guard is not None or type(strategy).calibrate is not AdaptingStrategy.calibrate or refers
         before = self.scenario.unshifted() if wanted else None
         if before is None or not len(before):
-            if online.canary or (strategy.needs_calibration and online.calibrate):
+            if online.canary or strategy.needs_references or (strategy.needs_calibration and online.calibrate):
                 what = "online.canary" if online.canary else plugin_name(strategy)
                 raise ConfigError(f"{what} needs data from before any shift, and this stream has none")
             return loop
@@ -205,6 +206,9 @@ class Engine:
         if online.canary:
             batches = before.read(rows[: online.canary], 64)
             loop.watch([prepare(asked(raw, self.info).replace(target=raw.target), train=False) for raw in batches])
+        if refers:
+            labelled = before.read(rows[online.canary :], 256)
+            loop.refer([prepare(asked(raw, self.info).replace(target=raw.target), train=False) for raw in labelled])
         if online.calibrate:
             rest = rows[online.canary : online.canary + online.calibrate]
             loop.calibrate([prepare(asked(raw, self.info), train=False) for raw in before.read(rest, 64)])

@@ -259,7 +259,7 @@ class OnlineLoop:
         self._recent = recent = recent[max(0, len(recent) - size) :]
         if full:
             self._new = 0
-        if not self._by_batch:
+        if not (self._by_batch or self.strategy.reads_batch):
             return batch, recent if full else None
         return (recent if len(recent) == size else None), (recent if full else None)
 
@@ -616,6 +616,11 @@ class OnlineLoop:
             self.canary = list(canary)
             self.guard.canary_source = self._on_canary(self._frozen)
 
+    def refer(self, batches: Sequence[Batch]) -> None:
+        """Labelled samples, prepared, for a method that refers to them. Before anything is served."""
+        with self._entered():
+            self.strategy.refer(batches)
+
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Unlabelled data of the source: for methods that need it, and for the guard's measure of distance. Before anything is served."""
         strategy = self.strategy
@@ -698,6 +703,7 @@ def online(
     forward: Forward | None = None,
     calibrate: Iterable[Any] | None = None,
     canary: Iterable[tuple[Any, Tensor]] | None = None,
+    references: Iterable[tuple[Any, Tensor]] | None = None,
     every: int = 1,
     window: int | None = 32,
     budget: float | None = None,
@@ -712,7 +718,8 @@ def online(
     """Put a loop around a deployed model: any torch.nn.Module, or what `streamcl.load` gave.
 
     `forward` takes the module and the inputs as they are given and returns logits, or logits and features, where the module does not
-    itself. `calibrate` are unlabelled batches of the data that the model was trained on, `canary` labelled ones: (inputs, classes).
+    itself. `calibrate` are unlabelled batches of the data that the model was trained on, `canary` labelled ones, (inputs, classes), and
+    `references` those that a method refers to.
     `target` is value for regression. The other options are those of `OnlineLoop`; `guard` takes a Guard, its options, or False.
     """
     if precision not in PRECISIONS:
@@ -785,6 +792,10 @@ def online(
     )
     if canary is not None:
         loop.watch([prepare(inputs).replace(target=_classes(classes, device)) for inputs, classes in canary])
+    if references is not None:
+        loop.refer([prepare(inputs).replace(target=_classes(classes, device)) for inputs, classes in references])
+    elif method.needs_references:
+        raise ConfigError(f"{plugin_name(method)} needs labelled samples for {method.needs_references}: give `references`")
     if calibrate is not None:
         loop.calibrate(calibrate)
     elif method.needs_calibration:

@@ -114,12 +114,16 @@ def render(directory: Path, others: Sequence[Path] = ()) -> str:
         few = len(scores["per_task"]) <= 7  # the matrix and the curve stand side by side
         width = HALF if few else WIDTH
         body += [
-            _segments(tables, run, served, scale),
-            '<div class="pair">' if few else "<div>",
-            # of a stream that is served once, the matrix is its diagonal: the table of segments says it
-            "" if served.blocks else _figure(count, _heat_map(scores, scale, width), _matrix_caption(scores, scale)),
-            "" if served.blocks else _figure(count, _curves(everyone, names, scale, width), _curves_caption(scores, everyone)),
-            "</div>",
+            *(
+                [_segments(tables, run, served, scale)]  # each is scored once: the matrix would be nothing but its diagonal
+                if served.blocks
+                else [
+                    '<div class="pair">' if few else "<div>",
+                    _figure(count, _heat_map(scores, scale, width), _matrix_caption(scores, scale)),
+                    _figure(count, _curves(everyone, names, scale, width), _curves_caption(scores, everyone)),
+                    "</div>",
+                ]
+            ),
             '<div class="pair">',
             _forgetting(count, scores, scale),
             _memory(count, everyone, names),
@@ -446,9 +450,9 @@ class Served:
     def adapted(self) -> int:
         return self.blocks[-1].adapted
 
-    def segment(self, sample: int | None) -> str:
-        """The name of the segment that this sample is in."""
-        return next((name for _, name, start, end in self.segments if sample is not None and start <= sample < end), NOTHING)
+    def segment(self, sample: int | None) -> int | None:
+        """The place in `segments` of the one that this sample is in."""
+        return next((i for i, (_, _, start, end) in enumerate(self.segments) if sample is not None and start <= sample < end), None)
 
 
 def read_served(directory: Path) -> Served:
@@ -532,13 +536,12 @@ def _served(count: Iterator[int], tables: Iterator[int], served: Served, everyon
     ]
     labels, common = _segment_names(served)
     percent = Scale([], digits=0, percent=True)
-    several = len(served.segments) > 1
     each = max(block.end - block.start for block in blocks)
     caption = f"<b>Accuracy of what was served</b>, a step for each {_spaced(each)} samples"
     caption += (
         ", and of the model as it was deployed on the same samples." if series[1].known else "; the deployed model was not run beside."
     )
-    caption += f" The bands are the segments of the stream{escape(common)}." if several else ""
+    caption += f" The bands are the segments of the stream{escape(common)}." if len(labels) > 1 else ""
     if any(act.get("samples") is not None for act in served.guard):
         caption += " Below: where the guard undid or stopped adapting (triangles), and what else it did (rings)."
     certain = [Line("", [(block.start, block.end, block.entropy) for block in blocks], 0)]
@@ -548,23 +551,20 @@ def _served(count: Iterator[int], tables: Iterator[int], served: Served, everyon
     ]
     parts = [_figure(count, _over_samples(series, served, WIDTH, 270, percent.score, "Accuracy", labels=labels, ceiling=1.0), caption)]
     parts.append('<div class="pair">')
-    if certain[0].known:
-        told = "<b>Mean entropy</b> of the answers, in nats: low where the model is certain, rightly or not."
-        parts.append(
-            _figure(count, _over_samples(certain, served, HALF, 170, lambda value: f"{value:.3g}", "Entropy", from_zero=True), told)
-        )
+    told = "<b>Mean entropy</b> of the answers, in nats: low where the model is certain, rightly or not."
+    parts.append(_figure(count, _over_samples(certain, served, HALF, 170, lambda value: f"{value:.3g}", "Entropy", from_zero=True), told))
     told = "<b>Samples adapted to</b>, of those served."
     parts.append(_figure(count, _over_samples(learned, served, HALF, 170, _spaced, "Samples adapted to", from_zero=True), told))
     return [*parts, "</div>", did]
 
 
 def _segment_names(served: Served) -> tuple[list[str], str]:
-    """The segments' names, and what was left out of them because all of them end with it."""
+    """The segments' names, and what was left out of them because it is the same in all that have it."""
     names = [name for _, name, _, _ in served.segments]
-    ends = {name.partition(", ")[2] for name in names}
-    if len(names) < 2 or len(ends) > 1 or ends == {""}:
+    ends = {name.partition(", ")[2] for name in names} - {""}
+    if len(names) < 2 or len(ends) != 1:
         return names, ""
-    return [name.partition(", ")[0] for name in names], f", each of {ends.pop()}"
+    return [name.partition(", ")[0] for name in names], f" ({ends.pop()})"
 
 
 def _segments(count: Iterator[int], run: Run, served: Served, scale: Scale) -> str:
@@ -589,26 +589,23 @@ def _segments(count: Iterator[int], run: Run, served: Served, scale: Scale) -> s
 def _guard(count: Iterator[int], served: Served) -> str:
     if not served.guard:
         return ""
-    rows = []
+    rows, labels = [], _segment_names(served)[0]
     for act in served.guard[:TOLD]:
         sample = act.get("samples")
-        at = NOTHING if sample is None else _spaced(sample)
-        rows.append(
-            f'<tr><td class="n">{at}</td><td>{escape(served.segment(sample))}</td><td>{escape(str(act["what"]))}</td>'
-            f"<td>{escape(str(act['reason']))}</td><td>{escape(_then(act))}</td></tr>"
-        )
+        at, inside = NOTHING if sample is None else _spaced(sample), served.segment(sample)
+        cells = [NOTHING if inside is None else labels[inside], str(act["what"]), str(act["reason"]), _then(act)]
+        rows.append(f'<tr><td class="n">{at}</td>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>')
     kinds = Counter(str(act["what"]) for act in served.guard)
     left = len(served.guard) - len(rows)
-    caption = f"<b>What the guard did:</b> {escape(', '.join(f'{number} {what}' for what, number in kinds.most_common()))}."
+    listed = ", ".join(f"{number} × {what}" for what, number in kinds.most_common())
+    caption = f"<b>What the guard did,</b> after how many samples, why, and what was served then: {escape(listed)}."
     caption += f" The first {len(rows)} are shown; {_spaced(left)} more are in events.jsonl." if left else ""
-    return (
-        '<div class="table"><table><thead><tr><th class="n">after samples</th><th>segment</th><th>what</th><th>reason</th><th>served then</th>'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody>{_caption(count, caption)}</table></div>"
-    )
+    head = '<th class="n">samples</th><th>segment</th><th>what</th><th>reason</th><th>then</th>'
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>{_caption(count, caption)}</table></div>'
 
 
 def _then(act: dict[str, Any]) -> str:
-    """What is served after it."""
+    """What is served after it, where that is said."""
     if act.get("serves") is not None:
         return "as deployed" if act["serves"] == "frozen" else "what adapts"
     return NOTHING if act.get("version") is None else f"version {act['version']}"
@@ -786,6 +783,8 @@ def _over_samples(
 ) -> str:
     """Lines over the samples served, on bands that are the segments; with `labels` the segments are named, and the guard's acts marked."""
     series = [line for line in series if line.known]
+    if not series:
+        return ""
     values = [value for line in series for value in line.known]
     low, high = (0.0 if from_zero else min(values)), max(values)
     ticks = _ticks(low if ceiling is None else min(low, high - 0.05), high, 5 if labels else 4)
@@ -794,14 +793,14 @@ def _over_samples(
     named = len(series) > 1
     left, right = 62, min(190, 24 + 7 * max(len(shortened(line.name, 24)) for line in series)) if named else 24
     inner = width - left - right
-    total = max(line.values[-1][1] for line in series)
+    marks = [act for act in served.guard if act.get("samples") is not None] if labels else []
+    total = max([line.values[-1][1] for line in series] + [act["samples"] for act in marks])
     widest = max((6.4 * len(name) for name in labels), default=0.0)
     flat = all(
         6.4 * len(name) + 8 <= inner * (end - start) / total for name, (_, _, start, end) in zip(labels, served.segments, strict=False)
     )
     spoken = len(served.segments) <= 40
     top = 12 + (0 if not labels or len(labels) < 2 else 14 if flat or not spoken else 10 + 0.65 * widest)
-    marks = [act for act in served.guard if act.get("samples") is not None] if labels else []
     lane = 16 if marks else 0
     height = int(height + top + lane)
     tall = height - top - lane - 46

@@ -133,6 +133,13 @@ TEST_TIME: dict[str, Any] = {
     },
 }
 
+QUICK |= {
+    "rotta": {"strategy": {"capacity": 16, "every": 16}},
+    "cotta": {"strategy": {"views": 2, "p_th": 1.0}},
+    "marginal_entropy": {"strategy": {"views": 2}},
+    "r2t2": {"strategy": {"steps": 2}, "model": {**TEST_TIME["model"], "backbone": {"name": "mixture", "hidden": 16, "width": 16}}},
+}
+
 
 def family(name: str) -> str:
     found = plugins("strategy").get(name)

@@ -202,6 +202,7 @@ def exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tenso
         else:
             before[name] = module._buffers[last]
             module._buffers[last] = value
+    torch.clear_autocast_cache()  # it holds casts of what was there
     return before
 
 

@@ -1,0 +1,150 @@
+"""CoTTA: a student learns from a slow teacher that answers, averaged over views where the source is unsure; some weights always go home.
+
+Wang et al., CVPR 2022, arXiv 2203.13591. With student theta, teacher theta' and the source theta0, all by the statistics of the batch:
+
+    z' = f(x; theta')                                              where the source is sure: mean_i max_c softmax f(x_i; theta0) >= p_th
+    z' = 1/N sum_n f(augment_n(x); theta')                         else
+    L  = mean_i CE(softmax z'_i, softmax f(x_i; theta))            one step on every parameter
+    theta' <- m theta' + (1 - m) theta
+    theta  <- M * theta0 + (1 - M) * theta,   M ~ Bernoulli(r)     for every single weight
+
+and the answer is z', made before the step. `symmetric` is the release's loss for ImageNet, half of it with the roles exchanged.
+
+Defaults are those of CIFAR-10-C (CIFAR-100-C: p_th 0.72; ImageNet-C: p_th 0.1, r 0.001, SGD at 0.01). The release runs all N views also
+where it does not use them: here it does not. It restores tensors that are called weight or bias; here every parameter, so that tokens and
+position embeddings come home as well. A step that was not finite moves neither teacher nor student. On transformers these settings are
+known to break. `views: 0` never averages: for streams without images.
+
+Beside the model it keeps the source's parameters and the teacher's. A prediction that learns nothing is the teacher's on the batch itself.
+
+Evidence: small real data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from streamcl.adapting import AdaptingStrategy
+from streamcl.context import Context
+from streamcl.nn.norms import with_values
+from streamcl.options import Fraction, NonNegativeInt, PositiveFloat
+from streamcl.stream import Batch, StreamInfo
+
+from ._augmenting import Pixels, on_device, strong
+
+
+class Cotta(AdaptingStrategy):
+    """`views` are averaged where the source is surer than `p_th` of fewer; `m` is how much the teacher keeps, `r` the share of weights that
+    go back to the source; `symmetric` is the loss for ImageNet. Views are mirrored with probability `flip`; `mean` and `std` are what
+    images were normalised by, where the stream's preparation does not say it."""
+
+    def __init__(
+        self,
+        *,
+        views: NonNegativeInt = 32,
+        p_th: Fraction = 0.92,
+        m: Fraction = 0.999,
+        r: Fraction = 0.01,
+        symmetric: bool = False,
+        flip: Fraction = 0.5,
+        mean: list[float] = [],  # noqa: B006
+        std: list[PositiveFloat] = [],  # noqa: B006
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.views, self.p_th, self.m, self.r, self.symmetric = views, p_th, m, r, symmetric
+        self.flip, self.mean, self.std = flip, mean, std
+        self.teacher: dict[str, Tensor] = {}  # empty while it is the source
+
+    def start(self, info: StreamInfo, context: Context) -> None:
+        if self.views:
+            self.pixels = Pixels("cotta (views: 0 goes without)", info, context, self.mean, self.std)
+        super().start(info, context)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def update(self, batch: Batch) -> Tensor:
+        with self.statistics(gather=False):
+            taught = self.taught(batch)
+        if self.step(self.learned(self.model(batch), taught)):
+            self.follow()
+            self.restore_some()
+        return self.again(batch) if self.answer == "after" else taught
+
+    def forward(self, batch: Batch) -> Tensor:
+        with torch.no_grad(), self.as_teacher():
+            return self.model(batch)
+
+    @torch.no_grad()
+    def taught(self, batch: Batch) -> Tensor:
+        """z'"""
+        if self.views:
+            sure = self.anchored(batch).softmax(dim=1).amax(dim=1).mean()
+            if float(sure) < self.p_th:
+                self.count("averaged")
+                return self.averaged(batch)
+        return self.forward(batch)
+
+    def anchored(self, batch: Batch) -> Tensor:
+        torch.clear_autocast_cache()
+        logits = self.reference(batch)
+        torch.clear_autocast_cache()
+        return logits
+
+    def averaged(self, batch: Batch) -> Tensor:
+        total: Tensor | None = None
+        for _ in range(self.views):
+            logits = self.forward(self.pixels.augmented(batch, self.view, self.context.generator))
+            total = logits if total is None else total + logits
+        assert total is not None
+        return total / self.views
+
+    def view(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        return strong(values, generator, self.flip)
+
+    def learned(self, logits: Tensor, taught: Tensor) -> Tensor:
+        """L"""
+        loss = cross_entropy(logits, taught.softmax(dim=1))
+        if self.symmetric:
+            loss = 0.5 * loss - 0.5 * (logits.softmax(dim=1) * taught.log_softmax(dim=1)).sum(dim=1).mean()
+        return loss
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The teacher moves towards the student."""
+        if not self.teacher:
+            self.teacher = {name: value.clone() for name, value in self.source.items()}
+        torch._foreach_lerp_(list(self.teacher.values()), [value.data for value in self.adapted.values()], 1 - self.m)
+
+    @torch.no_grad()
+    def restore_some(self) -> None:
+        """A share of the student's weights become the source's again."""
+        generator = on_device(self.context.generator, self.context.device)
+        for name, value in self.adapted.items():
+            chosen = torch.rand(value.shape, generator=generator, device=value.device) < self.r
+            value.copy_(torch.where(chosen, self.source[name], value))
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        """For a while the model is the teacher. Autocast keeps casts of weights by their tensors, whose content is exchanged here."""
+        torch.clear_autocast_cache()
+        with with_values(self.model, self.teacher):
+            yield
+        torch.clear_autocast_cache()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The teacher's."""
+        return self.teacher or super().weights()
+
+    def own_state(self) -> dict[str, Any]:
+        return {"teacher": dict(self.teacher)}
+
+    def own_restore(self, state: Mapping[str, Any]) -> None:
+        self.teacher = dict(state["teacher"])
