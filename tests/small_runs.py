@@ -140,6 +140,36 @@ QUICK |= {
     "r2t2": {"strategy": {"steps": 2}, "model": {**TEST_TIME["model"], "backbone": {"name": "mixture", "hidden": 16, "width": 16}}},
 }
 
+_BOTH: dict[str, Any] = {"name": "digits_av", "samples": 200, "test_samples": 60, "seconds": 0.05}
+_VALUES: dict[str, Any] = {"name": "shapes", "target": "value", "samples": 200, "test_samples": 64, "size": 16, "seconds": 0.05}
+_HIT: dict[str, Any] = {"corruptions": {"image": ["contrast", "fog"], "audio": ["gaussian_noise"]}, "missing": {"audio": 0.2}, "batch": 32}
+_JOINT: dict[str, Any] = {"name": "joint_transformer", "width": 8, "depth": 1, "heads": 2}
+SEVERAL_SERVED: dict[str, Any] = {  # images with tones, of which some come without
+    "scenario": {"name": "test_time", "data": _BOTH, "samples": 100, **_HIT},
+    "model": {
+        "backbone": _JOINT,
+        "pretrain": {
+            "scenario": {"name": "class_incremental", "data": _BOTH, "tasks": 1},
+            "strategy": {"name": "finetune", "epochs": 2},
+        },
+    },
+}
+VALUES_SERVED: dict[str, Any] = {
+    "scenario": {"name": "test_time", "data": _VALUES, "samples": 64, **_HIT},
+    "model": {
+        "backbone": {**_JOINT, "dropout": 0.1},
+        "pretrain": {
+            "scenario": {"name": "missing_modality", "data": _VALUES, "missing": [{}]},
+            "strategy": {"name": "finetune", "epochs": 2},
+        },
+    },
+}
+QUICK |= {
+    "read": {"strategy": {}, **SEVERAL_SERVED},
+    "sumi": {"strategy": {"horizon": 8}, **SEVERAL_SERVED},
+    "casp": {"strategy": {"window": 32, "contrast_epochs": 2, "snapshots": 1, "label_epochs": 1}, **VALUES_SERVED},
+}
+
 
 def family(name: str) -> str:
     found = plugins("strategy").get(name)
