@@ -21,6 +21,7 @@ WIDTH = 920  # of a figure over the whole page
 HALF = 448
 COLOURS = 6
 STEPS = 240  # of a curve over samples: more than that are no longer told apart
+NAMED = 40  # segments whose names are written above their bands
 TOLD = 50  # rows of the table of what the guard did
 AGAINST = {"restore", "bypass", "rollback", "reset"}  # what undoes or stops adapting
 
@@ -162,7 +163,7 @@ def _head(run: Run, served: Served) -> list[str]:
     scores, environment = run.scores, run.environment
     tasks, classes = scores.get("tasks") or [], ((scores.get("per_class") or {}).get("classes")) or []
     learned = len(scores.get("per_task") or ())
-    samples = scores.get("samples_seen")
+    samples = served.samples if served.blocks else scores.get("samples_seen")
     resume = scores.get("resume") or {}
     unit = "segment" if served.blocks else "task"
     adapted = f", {_spaced(served.adapted)} of them adapted to" if served.blocks else ""
@@ -541,7 +542,8 @@ def _served(count: Iterator[int], tables: Iterator[int], served: Served, everyon
     caption += (
         ", and of the model as it was deployed on the same samples." if series[1].known else "; the deployed model was not run beside."
     )
-    caption += f" The bands are the segments of the stream{escape(common)}." if len(labels) > 1 else ""
+    numbered = ", by their numbers" if len(labels) > NAMED else ""
+    caption += f" The bands are the segments of the stream{escape(common)}{numbered}." if len(labels) > 1 else ""
     if any(act.get("samples") is not None for act in served.guard):
         caption += " Below: where the guard undid or stopped adapting (triangles), and what else it did (rings)."
     certain = [Line("", [(block.start, block.end, block.entropy) for block in blocks], 0)]
@@ -607,8 +609,8 @@ def _guard(count: Iterator[int], served: Served) -> str:
 def _then(act: dict[str, Any]) -> str:
     """What is served after it, where that is said."""
     if act.get("serves") is not None:
-        return "as deployed" if act["serves"] == "frozen" else "what adapts"
-    return NOTHING if act.get("version") is None else f"version {act['version']}"
+        return "as\u00a0deployed" if act["serves"] == "frozen" else "what\u00a0adapts"
+    return NOTHING if act.get("version") is None else f"version\u00a0{act['version']}"
 
 
 def _spaced(number: float) -> str:
@@ -626,7 +628,8 @@ def _svg(width: float, height: float, pieces: Sequence[str], label: str) -> str:
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "", more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{f" class={kind}" if kind else ""}{more}>{escape(words)}</text>'
+    named = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{named}{more}>{escape(words)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -799,7 +802,7 @@ def _over_samples(
     flat = all(
         6.4 * len(name) + 8 <= inner * (end - start) / total for name, (_, _, start, end) in zip(labels, served.segments, strict=False)
     )
-    spoken = len(served.segments) <= 40
+    spoken = len(served.segments) <= NAMED
     top = 12 + (0 if not labels or len(labels) < 2 else 14 if flat or not spoken else 10 + 0.65 * widest)
     lane = 16 if marks else 0
     height = int(height + top + lane)
@@ -818,7 +821,7 @@ def _over_samples(
         box = f'x="{x:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{tall:.1f}"'
         shade = 'class="band"' if place % 2 else 'fill="transparent"'
         pieces.append(f"<g><title>{escape(f'{name}: samples {_spaced(start)} to {_spaced(end)}')}</title><rect {box} {shade}/></g>")
-        if place:
+        if place and wide >= 12:
             pieces.append(_line(x, top, x, top + tall, "between"))
         if len(labels) < 2:
             continue

@@ -18,7 +18,9 @@ from streamcl.wording import Scale, duration, shortened, size
 class Progress(Sink):
     """Prints where the run stands: task, epoch, loss, samples per second, time left; every scored task; the matrix at the end.
 
-    Where the output is no terminal it prints plain lines, one on the way at most every `plain_every` seconds.
+    Of a test-time stream it says what is served: accuracy beside the deployed model's, entropy, the version, how many samples were
+    adapted to, and all that the guard does. Where the output is no terminal it prints plain lines, one on the way at most every
+    `plain_every` seconds.
     """
 
     def __init__(self, *, plain_every: NonNegativeFloat = 10.0) -> None:
@@ -33,6 +35,9 @@ class Progress(Sink):
         self.first_share: float | None = None
         self.next_line = -math.inf
         self.name = self.classes = ""
+        self.size: int | None = None  # samples of this task
+        self.served: int | None = None  # samples before this task; None where they were served by a process before this one
+        self.latest = 0
         if sys.stdout.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
@@ -67,6 +72,7 @@ class Progress(Sink):
 
     def _run_started(self, fields: dict[str, Any]) -> None:
         self.tasks = fields["tasks"]
+        self.served = None if fields["resumed"] else 0
         self._say(f"{fields['strategy']} on {fields['scenario']}", "bold")
         count = f"{self.tasks} tasks" if self.tasks else "tasks as they come"
         facts = [
@@ -82,6 +88,7 @@ class Progress(Sink):
         names = fields["classes"] or [fields["name"]]
         listed = ", ".join(names[:6]) + (f", … ({len(names)} classes)" if len(names) > 6 else "")
         self.name, self.classes = self._task(fields["task"]), shortened(listed, 40)
+        self.size, self.served = fields["samples"], self.latest if self.latest else self.served
         if self.live is None:
             samples = "" if fields["samples"] is None else f"{fields['samples']} samples of "
             self._say(f"{self.name}: {samples}{self.classes}")
@@ -103,6 +110,36 @@ class Progress(Sink):
         elif time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + self.plain_every
             self._say(f"{self.name}: {', '.join(figures)}")
+
+    def _served(self, fields: dict[str, Any]) -> None:
+        self.name, self.latest = self._task(fields["task"]), fields["samples"]
+        scale = Scale([], percent=True)
+        accuracy, beside = scale.score(fields["accuracy"]), fields["accuracy_frozen"]
+        figures = [
+            f"{self.latest} served",
+            f"accuracy {accuracy}" + ("" if beside is None else f" ({scale.score(beside)} as deployed)"),
+            f"entropy {fields['entropy']:.3g}",
+            f"version {fields['version']}",
+            f"{fields['counts'].get('adapted', 0)} adapted to",
+        ]
+        within = None
+        if self.size and self.served is not None:
+            within = min(1.0, (self.latest - self.served) / self.size)
+            left = self._left(fields["task"] + within)
+            figures += [f"{duration(left)} left"] if left is not None else []
+        if self.live is not None:
+            self.live.update(self.bar, description=self.name, completed=within, figures="  ".join(figures), visible=True)
+            self.live.refresh()
+        elif time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + self.plain_every
+            self._say(f"{self.name}: {', '.join(figures)}")
+
+    def _guard(self, fields: dict[str, Any]) -> None:
+        what, reason = fields["what"], fields["reason"]
+        told = reason if reason.startswith(what) else f"{what}: {reason}"
+        version = f", version {fields['version']}" if what in ("promoted", "rollback") else ""
+        style = "yellow" if what in ("restore", "bypass") else ""
+        self._say(f"guard after {fields['samples']} samples, {told}{version}", style)
 
     def _scored(self, fields: dict[str, Any]) -> None:
         if fields.get("warning"):

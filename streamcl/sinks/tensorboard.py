@@ -13,8 +13,9 @@ from streamcl.options import NonNegativeFloat
 class Tensorboard(Sink):
     """Writes what is logged while training (`train/...`) over steps, and the scores after each task (`test/...`) over tasks.
 
-    A score over tasks stands at the number of tasks learned; `any_time` at the number of samples. `progress` events are written
-    at most every `progress_every` seconds.
+    A score over tasks stands at the number of tasks learned; `any_time` at the number of samples, and so does what is served of a
+    test-time stream (`served/...`) and what the guard says (a text). `progress` events are written at most every `progress_every`
+    seconds.
     """
 
     def __init__(self, *, progress_every: NonNegativeFloat = 1.0) -> None:
@@ -45,6 +46,11 @@ class Tensorboard(Sink):
                 self._numbers(fields["part"], scores, fields["task"] + 1)
             case "any_time":
                 self._numbers("test", {"any_time": fields["accuracy"]}, fields["samples"])
+            case "served":
+                figures = {name: value for name, value in fields.items() if name not in ("task", "name", "samples", "counts")}
+                self._numbers("served", figures | fields["counts"], fields["samples"])
+            case "guard":
+                self.writer.add_text("guard", f"{fields['what']}: {fields['reason']}", fields["samples"])
             case "figures":
                 self._numbers("test", {name: value for name, value in fields.items() if name != "task"}, fields["task"] + 1)
             case "task_finished":
