@@ -143,8 +143,8 @@ class GuardConfig:
     z: PositiveFloat = 2.0
     gain: NonNegativeFloat = 0.2
     correlation: NonNegativeFloat = 0.05
-    disagreement: NonNegativeFloat = 0.02
-    slack: NonNegativeFloat = 1.5
+    disagreement: NonNegativeFloat = 0.01
+    slack: NonNegativeFloat = 1.0
     diversity: NonNegativeFloat = 0.7
     share: PositiveFloat = 0.3
     drift: PositiveFloat = 1.0

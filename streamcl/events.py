@@ -24,7 +24,7 @@ class Event:
     | scored | task, part (test or validation), row, per_task, metric, final_matrix (list of rows, None where nothing was scored) |
     | any_time | task, samples, accuracy |
     | served | task, name (of the segment), samples, accuracy, accuracy_frozen (or None), entropy, version, counts: of a test-time stream |
-    | guard | batch, samples (answered before it), what (restore, bypass, statistics, retry, promoted, rollback, reset), reason, and what belongs to it |
+    | guard | batch, samples (answered before it), what (restore, bypass, statistics, retry, promoted, rollback, reset), reason, ... |
     | figures | task, and named numbers from Strategy.measure or Context.log |
     | checkpoint | task, path, bytes, seconds |
     | task_finished | task, seconds, memory_bytes, parameters |

@@ -8,7 +8,8 @@ statistics   Entropy is no judge of a model that was trained to lower it, but R 
              is. Statistics of a batch do harm where neighbouring samples are of few classes. Whether they are is seen in the decisions of R
              and F: of blocks of samples, how much of the diversity of the decisions lies between the blocks. Where it is `correlation` of
              the logarithm of the number of classes or more, R must earn its place: more certain by `gain` of that logarithm for each
-             sample in which it decides differently. Models without batch normalisation have R = F and nothing to choose between.
+             sample in which it decides differently. Models without batch normalisation have R = F and nothing to choose between. Methods
+             that count on such neighbours (LAME) are served only where they are seen.
 drift        The share of samples in which A and R decide differently may be `disagreement`, and `slack` times the share of which R
              itself is unsure (1 minus its mean confidence). Beyond it, adapting has gone astray: the earliest sign of a collapse.
 diversity    The entropy of the classes that A decided for over the newest samples is not below `diversity` of that of R, and no class
@@ -55,8 +56,8 @@ class Guard:
         z: float = 2.0,
         gain: float = 0.2,
         correlation: float = 0.05,
-        disagreement: float = 0.02,
-        slack: float = 1.5,
+        disagreement: float = 0.01,
+        slack: float = 1.0,
         diversity: float = 0.7,
         share: float = 0.3,
         drift: float = 1.0,
@@ -92,8 +93,11 @@ class Guard:
         before = self.figures.get("entropy_last", math.inf)
         return self.alert or self.prefers_frozen or number % self.compare == 0 or not abs(entropy - before) <= 0.3 * before + CHANGED
 
-    def look(self, answered: Tensor, reference: Tensor, frozen: Tensor, target: str = "class") -> str | None:
-        """Take in three answers to one batch, and say what is wrong, if anything is."""
+    def look(
+        self, answered: Tensor, reference: Tensor, frozen: Tensor, target: str = "class", needs_correlation: bool = False
+    ) -> str | None:
+        """Take in three answers to one batch, and say what is wrong, if anything is. With `needs_correlation`, A is a method that is right
+        only where neighbouring samples are of few classes."""
         now = (_signals if target == "class" else _distances)(answered.float(), reference.float(), frozen.float()).cpu()
         if not bool(now.isfinite().all()):
             return "an answer is not finite"
@@ -116,7 +120,10 @@ class Guard:
         if apart > HARDLY * chosen_by:
             correlated = together is None or together > self.correlation * log_classes
             earned = -self.gain * log_classes * apart / chosen_by if correlated else 0.0
-        self.prefers_frozen = mean > earned and not self.overruled
+        unfit = mean > earned
+        if needs_correlation:
+            unfit = together is None or together <= self.correlation * log_classes
+        self.prefers_frozen = unfit and not self.overruled
         self.figures = {
             "disagreement": differs / samples,
             "limit": limit,

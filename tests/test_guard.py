@@ -241,7 +241,7 @@ def test_the_share_of_decisions_that_differ_is_what_it_says() -> None:
     assert guard.figures["disagreement"] == 4 / 64
     unsure = 1 - 1 / (1 + 3 * math.exp(-9))
     assert (
-        guard.figures["limit"] == pytest.approx(0.02 + 1.5 * unsure, abs=1e-6) and reason is not None and reason.startswith("drift: 6% of")
+        guard.figures["limit"] == pytest.approx(0.01 + unsure, abs=1e-6) and reason is not None and reason.startswith("drift: 6% of")
     )
 
 
