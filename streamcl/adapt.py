@@ -79,7 +79,7 @@ def _composed(run: Path, data: str, strategy: str, overrides: Sequence[str], bat
             f"{data}: it has {what}; the model's classes are {', '.join(learned.classes)}: all of them are needed, by these names"
         )
     whole = loaded.test is None or not len(loaded.test)
-    scenario: dict[str, Any] = {"name": "test_time", "data": source, "corruptions": "none", "clean": 1.0, "batch": batch}
+    scenario: dict[str, Any] = {"name": "test_time", "data": source, "corruptions": "none", "batch": batch}
     scenario |= {"part": "train" if whole else "test"}
     if loaded.target == "class":
         scenario["order"] = list(learned.classes)
