@@ -97,6 +97,20 @@ class Deployed(nn.Module):
         return features
 
     def _run(self, batch: Batch) -> Any:
+        try:
+            return self._called(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shapes = ", ".join(
+                f"{name} {' x '.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+                if isinstance(value, Tensor)
+                else f"{name} {len(value)} values"
+                for name, value in batch.inputs.items()
+            )
+            raise DataError(f"the module cannot take this batch ({shapes}): {' '.join(str(error).split())}") from error
+
+    def _called(self, batch: Batch) -> Any:
         inputs: Any = batch
         if self.form == "tensor":
             inputs = batch.inputs[ONE]

@@ -43,7 +43,7 @@ from streamcl.stream import Batch, Prediction, StreamInfo, asked
 
 Mode = Literal["inline", "shadow"]
 AGAIN = 100  # batches after which a latency budget that adapting exceeds is tried again
-REMEMBERED = 256  # batches whose answers wait for their labels
+REMEMBERED = 4096  # batches whose answers wait for their labels
 FEEDBACK, FEWEST = 256, 32  # the labelled answers that are compared with the deployed model's: the newest, and not less than
 TOLD = 200  # events that `status` shows
 
@@ -108,9 +108,10 @@ class OnlineLoop:
         self._costs: dict[str, float] = {}  # milliseconds of answering and of adapting
         self._tried = 0  # the batch at which the budget was last tried
         self._since = 0  # updates since the last version
-        self._answers: deque[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = deque(maxlen=REMEMBERED)
+        self._answers: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque(maxlen=REMEMBERED)
         self._undecided: Tensor | None = None  # of the batch at hand: what the model that adapts decided, before the guard chose
         self._waiting: deque[Batch] = deque()  # samples that may yet be labelled
+        self._waits = 0  # how many they are
         self._labelled: deque[tuple[bool, bool]] = deque(maxlen=FEEDBACK)  # whether the adapting model was right, and the deployed one
         self._known = {"labelled": 0, "right": 0, "unknown": 0}
         if mode == "shadow" and self._by_batch and strategy.gathered is None:
@@ -118,6 +119,7 @@ class OnlineLoop:
         self.versions: deque[Version] = deque(maxlen=keep)
         self._deployed = self._named(self.served) if mode == "shadow" else {}
         self._fisher: dict[str, Tensor] = {}
+        self.flags: list[tuple[nn.Parameter, bool]] = []  # which parameters of the deployed module wanted gradients
         self._canary_at = 0
         self.canary: list[Batch] = []
         if canary:
@@ -145,7 +147,7 @@ class OnlineLoop:
         """Answer a batch with the model that is served, and learn nothing from it. In shadow mode any thread may, at any time."""
         with self._entered(learning=self.mode == "inline"):
             batch = self._take(given)
-            prediction, frozen = (self._answer(batch), None) if self.mode == "shadow" else self._pass(batch, learn=False)
+            prediction, frozen = (self._answer(batch), None) if self.mode == "shadow" else self._asked(batch)
             return self._served(batch, prediction, frozen)
 
     def learn(self, given: Any) -> None:
@@ -183,6 +185,28 @@ class OnlineLoop:
         with self._serving:
             return self._made(self.served(batch), self.version)
 
+    def _asked(self, batch: Batch) -> tuple[Prediction, Tensor | None]:
+        """By the model that adapts, as it is: nothing is counted, kept or looked at. Also the deployed model's answer, if made."""
+        guard, recent, whole = self.guard, self._recent, batch
+        if self._small(batch):
+            if recent is None or len(recent) + len(batch) < self.window:
+                frozen = self._frozen(batch)
+                return self._made(frozen, 0), frozen
+            whole = Batch.cat([recent, batch])[-self.window :]
+        rows = slice(len(whole) - len(batch), None)
+        if guard is not None and guard.prefers_frozen:
+            frozen = self._frozen(batch)
+            return self._made(frozen, 0), frozen
+        if guard is not None and guard.bypassing:
+            return self._made(self.strategy.reference(whole)[rows], 0), None
+        prediction = self.strategy.predict(whole)
+        assert prediction.scores is not None
+        return replace(prediction, scores=prediction.scores[rows], version=self.version), None
+
+    def _small(self, batch: Batch) -> bool:
+        """Whether such a batch is answered together with the samples before it."""
+        return self.strategy.window is None and len(batch) * 4 < self.window and (self._by_batch or self.strategy.reads_batch)
+
     def _made(self, scores: Tensor, version: int) -> Prediction:
         info = self.strategy.info
         return Prediction(scores, threshold=info.threshold if info.target == "labels" else None, made="before", version=version)
@@ -192,18 +216,31 @@ class OnlineLoop:
         assert prediction.scores is not None
         if self.strategy.info.target == "class":
             decided = prediction.scores.argmax(dim=1)
-            self._answers.append((batch.ids, decided, None if frozen is None else frozen.argmax(dim=1), self._undecided))
+            unknown = torch.full_like(decided, -1)
+            theirs, ours = unknown if frozen is None else frozen.argmax(dim=1), unknown if self._undecided is None else self._undecided
+            self._answers.append((batch.ids, decided, theirs, ours))
             self._undecided = None
         if self.remember and self.strategy.info.target == "class":
             self._waiting.append(batch)
-            while sum(len(one) for one in self._waiting) - len(self._waiting[0]) >= self.remember:
-                self._waiting.popleft()
+            self._waits += len(batch)
+            while self._waits - len(self._waiting[0]) >= self.remember:
+                self._waits -= len(self._waiting.popleft())
         return prediction
 
     # -- adapting ---------------------------------------------------------------------------------------------------------------
 
     def _pass(self, batch: Batch, learn: bool) -> tuple[Prediction, Tensor | None]:
-        """Answer with the model that adapts, learn where that is due, and let the guard look. Also the deployed model's answer, if made."""
+        """Answer with the model that adapts, learn where that is due, and let the guard look. Also the deployed model's answer, if made.
+
+        A batch that the model cannot take leaves no trace, in a window least of all."""
+        before = self.batches, self._recent, self._new, self.cooling
+        try:
+            return self._passed(batch, learn)
+        except Exception:
+            self.batches, self._recent, self._new, self.cooling = before
+            raise
+
+    def _passed(self, batch: Batch, learn: bool) -> tuple[Prediction, Tensor | None]:
         guard, strategy, number = self.guard, self.strategy, self.batches
         self.batches = number + 1
         if guard is not None and guard.retries(number):
@@ -271,7 +308,7 @@ class OnlineLoop:
         self._recent = recent = recent[max(0, len(recent) - size) :]
         if full:
             self._new = 0
-        if not (self._by_batch or self.strategy.reads_batch):
+        if not self._small(batch):
             return batch, recent if full else None
         return (recent if len(recent) == size else None), (recent if full else None)
 
@@ -502,6 +539,12 @@ class OnlineLoop:
                 self.guard.restart()
             self._tell("reset", "asked for", version=0)
 
+    def close(self) -> None:
+        """Leave the module as it is now, with the gradients wanted that were wanted before the loop: for who goes on training it."""
+        with self._entered():
+            for value, wanted in self.flags:
+                value.requires_grad_(wanted)
+
     def snapshot(self) -> dict[str, Any]:
         """What adapting has changed: the adapted tensors and what the method keeps, never the model. `restore` takes it."""
         with self._entered():
@@ -523,6 +566,7 @@ class OnlineLoop:
                 "numbers": [self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at],
                 "recent": None if recent is None else {"inputs": recent.inputs, "ids": recent.ids, "present": recent.present},
                 "labelled": [list(one) for one in self._labelled],
+                "answers": self._answered(),
                 "events": [dict(one) for one in self.happened],
                 "guard": None if self.guard is None else self.guard.state(),
             }
@@ -551,6 +595,9 @@ class OnlineLoop:
             )
             self._labelled.clear()
             self._labelled.extend((bool(ours), bool(theirs)) for ours, theirs in state["labelled"])
+            self._answers.clear()
+            if (answers := state["answers"]) is not None:
+                self._answers.append((answers[0], answers[1], answers[2], answers[3]))
             self.happened.clear()
             self.happened.extend(dict(one) for one in state["events"])
             if self.guard is not None and state["guard"] is not None:
@@ -574,7 +621,7 @@ class OnlineLoop:
             if ids.dim() != 1 or targets.shape != ids.shape or targets.is_floating_point():
                 raise DataError("feedback is one id and one class (a whole number) for each sample")
             found = 0
-            for known, decided, frozen, adapting in self._answers:
+            for known, decided, frozen, adapting in list(self._answers):  # another thread may be answering
                 at, which = _matches(known.cpu(), ids)
                 if not len(at):
                     continue
@@ -582,13 +629,22 @@ class OnlineLoop:
                 right = decided.cpu()[at] == targets[which]
                 self._known["labelled"] += len(at)
                 self._known["right"] += int(right.sum())
-                theirs = frozen.cpu()[at] if frozen is not None else self._frozen_on(known[at])
-                if theirs is not None:
-                    ours = right if adapting is None else adapting.cpu()[at] == targets[which]
-                    self._labelled.extend(zip(ours.tolist(), (theirs == targets[which]).tolist(), strict=True))
+                theirs, ours, told = frozen.cpu()[at], adapting.cpu()[at], targets[which]
+                if bool((theirs < 0).any()):
+                    later = self._frozen_on(known.cpu()[at][theirs < 0])
+                    theirs = theirs if later is None else theirs.masked_scatter(theirs < 0, later)
+                both = theirs >= 0
+                ours = torch.where(ours < 0, decided.cpu()[at], ours)
+                self._labelled.extend(zip((ours == told)[both].tolist(), (theirs == told)[both].tolist(), strict=True))
             self._known["unknown"] += len(ids) - found
             learned = self._correct(ids, targets) if correct else 0
             return {**self._figures_of_labels(), "found": found, "learned": learned}
+
+    def _answered(self) -> list[Tensor] | None:
+        """What was answered and may yet be labelled: ids, decisions, those of the deployed model and of the one that adapts, -1 where
+        unknown. None where nothing was."""
+        held = list(self._answers)
+        return [torch.cat([one[place].cpu() for one in held]) for place in range(4)] if held else None
 
     def _frozen_on(self, ids: Tensor) -> Tensor | None:
         """What the deployed model decides for these samples, if all of them are still there."""
@@ -795,9 +851,6 @@ def online(
             module = adapting.get_submodule(path)
             module._parameters[last] = nn.Parameter(module._parameters[last].detach().clone())  # type: ignore[union-attr]
         method.start(info, context)
-        for value, flag in flags:
-            if not any(value is own for own in method.adapted.values()):
-                value.requires_grad_(flag and False)
     watch = guard if isinstance(guard, Guard) else Guard(**guard) if isinstance(guard, Mapping) else Guard() if guard else None
     loop = OnlineLoop(
         method,
@@ -811,8 +864,8 @@ def online(
         keep=keep,
         promote=promote,
         remember=remember,
-        canary=[],
     )
+    loop.flags = flags
     if canary is not None:
         loop.watch([prepare(inputs).replace(target=_classes(classes, device)) for inputs, classes in canary])
     if references is not None:

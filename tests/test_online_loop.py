@@ -163,6 +163,8 @@ def test_it_works_where_gradients_are_switched_off_outside_and_the_model_was_lef
         ({"x": torch.randn(2, 3, 6, 6)}, "were given as a tensor, and this one as a mapping"),
         ("a text", "a batch is a tensor, a sequence or a mapping"),
         (torch.tensor(3.0), "is a single number"),
+        (torch.randn(4, 5, 6, 6), r"the module cannot take this batch \(input 4 x 5 x 6 x 6 float32\): "),
+        (torch.zeros(4, 3, 6, 6, dtype=torch.int64), r"the module cannot take this batch \(input 4 x 3 x 6 x 6 int64\): "),
     ],
 )
 @pytest.mark.parametrize("mode", ["inline", "shadow"])
@@ -175,6 +177,24 @@ def test_what_cannot_be_served_is_one_sentence_and_leaves_everything_as_it_was(g
     assert flatten(before)[0] == flatten(loop.state()["snapshot"])[0]
     assert all(torch.equal(a, b) for a, b in zip(flatten(before)[1].values(), flatten(loop.state()["snapshot"])[1].values(), strict=True))
     assert loop.status() == status
+
+
+def test_a_batch_that_cannot_be_taken_does_not_poison_the_window_that_it_came_first_in() -> None:
+    loop = streamcl.online(network(), "tent", window=8, guard=False)
+    with pytest.raises(DataError, match="cannot take this batch"):
+        loop(torch.randn(1, 5, 6, 6))
+    for number in range(8):
+        loop(pictures(1, number))
+    assert loop.strategy.counts["updates"] == 1
+
+
+def test_after_the_loop_is_closed_the_same_parameters_want_gradients_as_before() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    loop = streamcl.online(model, "tent")
+    assert [name for name, value in model.named_parameters() if value.requires_grad] == ["1.weight", "1.bias"]
+    loop.close()
+    assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["0.weight"]
 
 
 def test_inputs_of_different_lengths_are_refused() -> None:

@@ -102,7 +102,7 @@ def test_the_wheel_holds_every_plugin_and_configuration_and_nothing_else(checkou
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {str(file.relative_to(checkout)) for file in sources(checkout / "streamcl")}
     expected |= {f"streamcl/{file.relative_to(checkout)}" for room in ROOMS for file in sources(checkout / room)}
-    assert packed == expected | {"streamcl/py.typed"}
+    assert packed == expected | {"streamcl/py.typed", "streamcl/serving/page.html"}
     assert {"streamcl/strategies/class_incremental/icarl.py", "streamcl/configs/new_family/new_method.yaml"} <= packed
 
 
