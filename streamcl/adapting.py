@@ -114,9 +114,17 @@ class AdaptingStrategy(Strategy):
                 "(scenario: test_time), or around a deployed model (streamcl.online)"
             )
         self.layers = batch_norms(self.model)
-        self.adapted = self.parameters()
+        several = self.parameters()
+        first = {id(value): name for name, value in reversed(several.items())}  # a parameter that two modules share is one
+        self.adapted = {name: value for name, value in several.items() if first[id(value)] == name}
         if not self.can_adapt():
             raise ConfigError(self.nothing_to_adapt())
+        half = next((f"{name} is {str(v.dtype).removeprefix('torch.')}" for name, v in self.adapted.items() if v.dtype.itemsize < 4), None)
+        if half is not None:
+            raise ConfigError(
+                f"{plugin_name(self)} adapts weights in small steps, which are lost in half precision, and {half}: keep the model in float32 "
+                "and compute in bfloat16 (precision)"
+            )
         self.model.eval().requires_grad_(False)
         for value in self.adapted.values():
             value.requires_grad_(True)
@@ -138,8 +146,13 @@ class AdaptingStrategy(Strategy):
         """Nothing: a test-time stream is only served."""
 
     def adapt(self, batch: Batch) -> Prediction:
-        with torch.enable_grad(), self.statistics():
-            scores = self.update(batch)
+        try:
+            with torch.enable_grad(), self.statistics():
+                scores = self.update(batch)
+        except BaseException:
+            for value in self.adapted.values():  # half of a backward pass is no part of the next step
+                value.grad = None
+            raise
         return Prediction(scores, made=self.answer)
 
     @torch.no_grad()
@@ -266,7 +279,7 @@ class AdaptingStrategy(Strategy):
 def entropy(logits: Tensor) -> Tensor:
     """The entropy of each row's softmax, in nats  # (batch,)"""
     log = logits.log_softmax(dim=1)
-    return -(log.exp() * log).sum(dim=1)
+    return -(log.exp() * log.masked_fill(log.isneginf(), 0.0)).sum(dim=1)  # a masked class has none
 
 
 def alone(batch: Batch, modality: str) -> Batch:

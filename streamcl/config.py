@@ -145,6 +145,7 @@ class GuardConfig:
     correlation: NonNegativeFloat = 0.05
     disagreement: NonNegativeFloat = 0.01
     slack: NonNegativeFloat = 1.0
+    shift: PositiveFloat = 0.5
     diversity: NonNegativeFloat = 0.7
     share: PositiveFloat = 0.3
     drift: PositiveFloat = 1.0

@@ -16,6 +16,19 @@ Forward = Callable[[Any, Any], Any]  # (module, inputs as they were given) -> lo
 ONE = "input"  # the name of the modality where there is one tensor
 
 
+class _Form:
+    """How inputs are given: tensor, sequence, mapping or batch; and of what shape and type they were when the module took them. The copy
+    that adapts in shadow mode shares it."""
+
+    def __init__(self) -> None:
+        self.said: str | None = None
+        self.asked: str | None = None
+        self.taken: dict[str, Any] = {}
+
+    def __deepcopy__(self, memo: Any) -> _Form:
+        return self
+
+
 class Deployed(nn.Module):
     """A module around which the online loop stands. Its parameters keep their names, behind `module.`.
 
@@ -27,12 +40,12 @@ class Deployed(nn.Module):
     def __init__(self, module: nn.Module, forward: Forward | None = None) -> None:
         super().__init__()
         self.module, self.own_forward = module, forward
-        self.form: str | None = None  # how inputs are given: tensor, sequence or mapping; from the first batch on
+        self.form = _Form()
         linear = [(name, one) for name, one in module.named_modules() if isinstance(one, nn.Linear)]
         self.last: tuple[str, nn.Linear] | None = linear[-1] if linear else None
 
-    def batch(self, inputs: Any, first: int = 0) -> Batch:
-        """What a person hands over, as a batch. DataError says what is wrong with it."""
+    def batch(self, inputs: Any, ids: Callable[[int], int] = lambda count: 0) -> Batch:
+        """What a person hands over, as a batch; `ids` says from where so many samples are numbered. DataError says what is wrong."""
         columns: dict[str, Any]
         if isinstance(inputs, Batch):
             form, columns = "batch", inputs.inputs
@@ -57,11 +70,14 @@ class Deployed(nn.Module):
             raise DataError("the batch holds no input")
         if len(set(counts.values())) > 1:
             raise DataError(f"the inputs are of different lengths: {', '.join(f'{name} {count}' for name, count in counts.items())}")
-        if self.form not in (None, form):
-            raise DataError(f"the batches before were given as a {self.form}, and this one as a {form}: give all in one form")
-        self.form = form
+        if self.form.said not in (None, form):
+            raise DataError(f"the batches before were given as a {self.form.said}, and this one as a {form}: give all in one form")
+        self.form.asked = form
+        if isinstance(inputs, Batch):
+            return inputs
         length = next(iter(counts.values()))
-        return inputs if isinstance(inputs, Batch) else Batch(columns, None, torch.arange(first, first + length))
+        first = ids(length)
+        return Batch(columns, None, torch.arange(first, first + length))
 
     def forward(self, batch: Batch) -> Tensor:
         return self._split(self._run(batch))[0]
@@ -97,34 +113,39 @@ class Deployed(nn.Module):
         return features
 
     def _run(self, batch: Batch) -> Any:
+        shapes = {name: (tuple(v.shape[1:]), v.dtype) if isinstance(v, Tensor) else None for name, v in batch.inputs.items()}
         try:
-            return self._called(batch)
-        except torch.OutOfMemoryError:
-            raise
+            given = self._called(batch)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shapes = ", ".join(
+            unusual = shapes != self.form.taken and "more than 1 value per channel" not in str(error)
+            if not unusual or isinstance(error, torch.OutOfMemoryError | ConfigError):
+                raise  # a fault of the module's, or of ours, is not the batch's
+            told = ", ".join(
                 f"{name} {' x '.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
                 if isinstance(value, Tensor)
                 else f"{name} {len(value)} values"
                 for name, value in batch.inputs.items()
             )
-            raise DataError(f"the module cannot take this batch ({shapes}): {' '.join(str(error).split())}") from error
+            raise DataError(f"the module cannot take this batch ({told}): {' '.join(str(error).split())}") from error
+        self.form.said, self.form.taken = self.form.said or self.form.asked, shapes
+        return given
 
     def _called(self, batch: Batch) -> Any:
         inputs: Any = batch
-        if self.form == "tensor":
+        form = self.form.said or self.form.asked
+        if form == "tensor":
             inputs = batch.inputs[ONE]
-        elif self.form == "mapping":
+        elif form == "mapping":
             inputs = dict(batch.inputs)
-        elif self.form == "sequence":
+        elif form == "sequence":
             inputs = tuple(batch.inputs.values())
         if self.own_forward is not None:
             return self.own_forward(self.module, inputs)
-        if self.form == "tensor":
+        if form == "tensor":
             return self.module(inputs)
-        if self.form == "sequence":
+        if form == "sequence":
             return self.module(*inputs)
-        return self.module(**(inputs if self.form == "mapping" else batch.inputs))
+        return self.module(**(inputs if form == "mapping" else batch.inputs))
 
     def _split(self, given: Any) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
         features: Any = None

@@ -600,6 +600,7 @@ class Engine:
             "scenario": self.before,
             "strategy": self.strategy.state(),
             "loop": None if self.loop is None else self.loop.state(),
+            **({} if self.late is None else {"late": list(self.late)}),
             "model": self.model.state(),
             "memory": self.memory.state(),
             "evaluation": self.evaluation.state(),
@@ -621,6 +622,7 @@ class Engine:
         self.model.to(self.device)
         if self.loop is not None and state.get("loop") is not None:
             self.loop.restore(state["loop"])
+            self.late = tuple(state["late"]) if "late" in state else None
         self.memory.restore(state["memory"])
         self.evaluation.restore(state["evaluation"])
         context.steps, context.samples, self.scored_at = state["steps"], state["samples"], state["scored_at"]

@@ -24,7 +24,8 @@ not finite   Answers that are not finite are never served. A step whose loss or 
 
 What drift, diversity, fisher and canary say is a strike. The first ones restore the last state that the guard was content with, and updates
 rest for `cooldown` batches; after `strikes` of them the source's weights are restored and adapting stops: R or F are served, and it is
-tried again after `retry` batches, then after twice as many, and so on.
+tried again after `retry` batches, then after twice as many, and so on up to 64 times as many. After as many looks without a fault a strike
+is forgotten.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Guard:
         correlation: float = 0.05,
         disagreement: float = 0.01,
         slack: float = 1.0,
+        shift: float = 0.5,
         diversity: float = 0.7,
         share: float = 0.3,
         drift: float = 1.0,
@@ -71,7 +73,8 @@ class Guard:
             if number < 1:
                 raise ConfigError(f"guard: {name} is {number}: 1 or more is needed")
         self.compare, self.memory, self.z, self.gain, self.correlation = compare, memory, z, gain, correlation
-        self.disagreement, self.slack, self.diversity, self.share = disagreement, slack, diversity, share
+        self.disagreement, self.slack, self.shift = disagreement, slack, shift
+        self.diversity, self.share = diversity, share
         self.drift, self.drop, self.canary_every = drift, drop, canary_every
         self.limit, self.cooldown, self.retry = strikes, cooldown, retry
         self.struck = 0  # strikes since the last restart
@@ -82,24 +85,35 @@ class Guard:
         self.alert = True  # whether every batch is compared: at the beginning, after a restart, and while something is near its limit
         self.figures: dict[str, float] = {}
         self.canary_source: float | None = None
+        self.distrusts = False  # labels have shown that it may be the statistics
+        self.quiet = 0  # looks since anything was wrong
         self.overruled = False  # labels have shown that what adapts is better
         self._arrival = _Arrival()
         self._sums: Tensor | None = None
         self._certain: Tensor | None = None  # of the choice of statistics, which has to be quick
 
+    @property
+    def serves_frozen(self) -> bool:
+        """Whether the deployed model is served: statistics of the batch do harm, or labels have shown that they may."""
+        return self.prefers_frozen or self.distrusts
+
     def due(self, number: int, entropy: float) -> bool:
         """Whether this batch is compared: one in `compare`, and each while something is near its limit or the answers, by their mean
         entropy, are not what they were when they were last compared."""
         before = self.figures.get("entropy_last", math.inf)
-        return self.alert or self.prefers_frozen or number % self.compare == 0 or not abs(entropy - before) <= 0.3 * before + CHANGED
+        changed = abs(entropy - before) > 0.3 * before + CHANGED if math.isfinite(before) else False
+        return self.alert or self.prefers_frozen or number % self.compare == 0 or changed
 
     def look(
         self, answered: Tensor, reference: Tensor, frozen: Tensor, target: str = "class", needs_correlation: bool = False
     ) -> str | None:
         """Take in three answers to one batch, and say what is wrong, if anything is. With `needs_correlation`, A is a method that is right
         only where neighbouring samples are of few classes."""
-        now = (_signals if target == "class" else _distances)(answered.float(), reference.float(), frozen.float()).cpu()
+        if target != "class":
+            return self._look_at_values(answered.double(), reference.double())
+        now = _signals(answered.float(), reference.float(), frozen.float()).cpu()
         if not bool(now.isfinite().all()):
+            self.alert = True
             return "an answer is not finite"
         count = len(answered)
         kept = math.exp(-count / self.memory)
@@ -146,6 +160,23 @@ class Guard:
             return f"diversity: one class has {lead:.0%} more of the decisions than the source gives it"
         return None
 
+    def _look_at_values(self, answered: Tensor, reference: Tensor) -> str | None:
+        """Of values: their mean distance from R's, in standard deviations of what R has said over the newest samples."""
+        count = len(answered)
+        sums = [(answered - reference).abs().mean(1).sum(), reference.mean(1).sum(), (reference**2).mean(1).sum()]
+        now = torch.stack([sums[0].new_tensor(float(count)), *sums]).cpu()
+        if not bool(now.isfinite().all()):
+            return "an answer is not finite"
+        self._sums = now if self._sums is None else math.exp(-count / self.memory) * self._sums + now
+        samples, apart, first, second = self._sums.tolist()
+        scale = math.sqrt(max(1e-12, second / samples - (first / samples) ** 2))
+        self.figures = {"distance": apart / samples / scale, "limit": self.shift}
+        enough = samples >= min(32, self.memory / 2)
+        self.alert = not enough
+        if enough and apart / samples > self.shift * scale:
+            return f"drift: the answers are {apart / samples / scale:.2f} standard deviations from the source's, and {self.shift:g} may be"
+        return None
+
     def look_at_canary(self, accuracy: float, samples: int) -> str | None:
         """What is wrong with this accuracy on the canary, if anything is."""
         self.figures["canary"] = accuracy
@@ -170,21 +201,27 @@ class Guard:
             f"fisher: the weights are {distance:.2f} nats from the source's, and {self.drift:g} may be" if distance > self.drift else None
         )
 
-    def strike(self, number: int) -> Remedy:
-        """What to do about it, at this batch."""
-        self.struck += 1
+    def strike(self, number: int, final: bool = False, statistics: bool = False) -> Remedy:
+        """What to do about it, at this batch: `final` where there is nothing to restore. With `statistics` it may be those that do harm."""
+        self.struck, self.quiet = self.struck + 1, 0
         self.forget()
-        if self.struck < self.limit:
+        if self.struck < self.limit and not final:
             return "restore"
-        self.bypassing, self.bypasses = True, self.bypasses + 1
-        self.until = None if self.retry is None else number + self.retry * 2 ** (self.bypasses - 1)
+        self.bypassing, self.bypasses, self.distrusts = True, self.bypasses + 1, statistics
+        self.until = None if self.retry is None else number + self.retry * 2 ** min(self.bypasses - 1, 6)
         return "bypass"
+
+    def calm(self) -> None:
+        """Nothing is wrong. After as many such looks as a retry has batches an old strike is forgotten, and so is a bypass."""
+        self.quiet += 1
+        if self.quiet >= (self.retry or 200):
+            self.struck, self.bypasses, self.quiet = max(0, self.struck - 1), max(0, self.bypasses - 1), 0
 
     def retries(self, number: int) -> bool:
         """Whether adapting, which was stopped, is tried again at this batch; then it is."""
         if not self.bypassing or self.until is None or number < self.until:
             return False
-        self.bypassing, self.until, self.struck = False, None, self.limit - 1
+        self.bypassing, self.until, self.struck, self.distrusts = False, None, self.limit - 1, False
         self.forget()
         return True
 
@@ -195,7 +232,8 @@ class Guard:
     def restart(self) -> None:
         """As at the beginning."""
         self.struck = self.bypasses = 0
-        self.bypassing, self.until, self.prefers_frozen, self.overruled = False, None, False, False
+        self.bypassing, self.until, self.prefers_frozen, self.overruled, self.distrusts = False, None, False, False, False
+        self.quiet = 0
         self._sums, self._certain, self.alert, self.figures, self._arrival = None, None, True, {}, _Arrival()
 
     def state(self) -> dict[str, Any]:
@@ -207,6 +245,8 @@ class Guard:
             "prefers_frozen": self.prefers_frozen,
             "alert": self.alert,
             "overruled": self.overruled,
+            "distrusts": self.distrusts,
+            "quiet": self.quiet,
             "figures": dict(self.figures),
             "canary_source": self.canary_source,
             "sums": None if self._sums is None else self._sums.clone(),
@@ -216,7 +256,18 @@ class Guard:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name in ("struck", "bypasses", "until", "bypassing", "prefers_frozen", "alert", "overruled", "canary_source"):
+        for name in (
+            "struck",
+            "bypasses",
+            "until",
+            "bypassing",
+            "prefers_frozen",
+            "alert",
+            "overruled",
+            "distrusts",
+            "quiet",
+            "canary_source",
+        ):
             setattr(self, name, state[name])
         self.figures = dict(state["figures"])
         self._sums, self._certain = (None if state[name] is None else state[name].clone() for name in ("sums", "certain"))
@@ -259,8 +310,8 @@ def _corrected(counts: Tensor) -> Tensor:
 def _signals(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
     """Sums over a batch: samples, decisions that differ, how unsure R is, H(R) - H(F) and its square, H(A), H(F), samples in which R
     and F differ, decisions by class of A, R and F."""
-    log_a, log_r, log_f = a.log_softmax(1), r.log_softmax(1), f.log_softmax(1)
-    h_a, h_r, h_f = (-(log.exp() * log).sum(1) for log in (log_a, log_r, log_f))
+    log_r = r.log_softmax(1)
+    h_a, h_r, h_f = (torch.special.entr(scores.softmax(1)).sum(1) for scores in (a, r, f))
     said, usual, first = a.argmax(1), r.argmax(1), f.argmax(1)
     lower, classes = h_r - h_f, a.shape[1]
     sums = torch.stack(
@@ -280,14 +331,6 @@ def _signals(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
         for which in (said, usual, first)
     ]
     return torch.cat([sums, *counts]).double()
-
-
-def _distances(a: Tensor, r: Tensor, f: Tensor) -> Tensor:
-    """The same of values: a sample counts as differing by its distance in standard deviations of R, and nothing is known of certainty."""
-    scale = r.std(unbiased=False) + 1e-6
-    zero = torch.zeros((), device=a.device)
-    differs = ((a - r).abs() / scale).mean(1).clamp(max=1).sum()
-    return torch.stack([zero + len(a), differs, *[zero] * 6]).double()
 
 
 def _spread(counts: Tensor) -> float:

@@ -49,6 +49,15 @@ TOLD = 200  # events that `status` shows
 
 
 @dataclass
+class _Passed:
+    """A batch that went through: the answer, the deployed model's scores where they were made, and what the model that adapts decided."""
+
+    prediction: Prediction
+    frozen: Tensor | None = None
+    decided: Tensor | None = None
+
+
+@dataclass
 class Version:
     """A model that can be gone back to: all that adapting had changed, and, in shadow mode, the tensors that are served."""
 
@@ -63,8 +72,9 @@ class OnlineLoop:
 
     `every`: learn from every n-th batch. `window`: a batch smaller than a quarter of it is joined with the samples before it, so that
     statistics of a batch mean something, and there is one update for as many new samples as the window has. `budget`: milliseconds that
-    one call may take; a batch whose update would take longer is only answered. `keep` versions can be rolled back to, and a version is
-    promoted after `promote` updates, when the guard is content. `remember` samples are kept for labels that come late.
+    one call may take; a batch whose update would take longer is only answered. `keep` versions (5 in shadow mode, else 1) can be rolled
+    back to, and one is promoted after `promote` updates, when the guard is content. `remember` samples are kept for labels that come
+    late.
     """
 
     def __init__(
@@ -78,7 +88,7 @@ class OnlineLoop:
         every: int = 1,
         window: int | None = None,
         budget: float | None = None,
-        keep: int = 5,
+        keep: int | None = None,
         promote: int = 8,
         remember: int = 0,
         canary: Sequence[Batch] = (),
@@ -89,6 +99,7 @@ class OnlineLoop:
             raise ConfigError(
                 f"{plugin_name(strategy)} changes answers and no weights: there is nothing that shadow mode could promote, take mode inline"
             )
+        keep = keep if keep is not None else 5 if mode == "shadow" else 1
         for name, number in (("every", every), ("keep", keep), ("promote", promote)):
             if number < 1:
                 raise ConfigError(f"online: {name} is {number}: 1 or more is needed")
@@ -102,14 +113,17 @@ class OnlineLoop:
         self.cooling = 0  # batches that are still to be answered without an update
         self.counts: dict[str, int] = {}
         self.happened: deque[dict[str, Any]] = deque(maxlen=TOLD)
-        self._serving, self._learning = threading.RLock(), threading.RLock()
+        self._serving, self._learning, self._noting = threading.RLock(), threading.RLock(), threading.RLock()
+        self._ids = 0  # the next sample's, where the samples come without
+        self._classes: int | None = None  # how many there are, from the first answer on
+        self._lessons = 0  # batches and windows that could have been learned from
+        self._warm: set[str] = set()
         self._recent: Batch | None = None  # the newest samples, up to a window of them
         self._new = 0  # how many of them no update has seen
-        self._costs: dict[str, float] = {}  # milliseconds of answering and of adapting
+        self._costs: dict[str, float] = {}  # milliseconds of answering and of adapting, for each sample
         self._tried = 0  # the batch at which the budget was last tried
         self._since = 0  # updates since the last version
         self._answers: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque(maxlen=REMEMBERED)
-        self._undecided: Tensor | None = None  # of the batch at hand: what the model that adapts decided, before the guard chose
         self._waiting: deque[Batch] = deque()  # samples that may yet be labelled
         self._waits = 0  # how many they are
         self._labelled: deque[tuple[bool, bool]] = deque(maxlen=FEEDBACK)  # whether the adapting model was right, and the deployed one
@@ -136,19 +150,16 @@ class OnlineLoop:
         """Answer a batch and adapt to it."""
         with self._entered():
             batch = self._take(given)
-            if self.mode == "shadow":
-                prediction, frozen = self._answer(batch), None
-                self._pass(batch, learn=True)
-            else:
-                prediction, frozen = self._pass(batch, learn=True)
-            return self._served(batch, prediction, frozen)
+            answer = self._answer(batch) if self.mode == "shadow" else None
+            passed = self._pass(batch, learn=True)
+            return self._noted(batch, answer or passed.prediction, passed)
 
     def predict(self, given: Any) -> Prediction:
         """Answer a batch with the model that is served, and learn nothing from it. In shadow mode any thread may, at any time."""
         with self._entered(learning=self.mode == "inline"):
             batch = self._take(given)
-            prediction, frozen = (self._answer(batch), None) if self.mode == "shadow" else self._asked(batch)
-            return self._served(batch, prediction, frozen)
+            passed = _Passed(self._answer(batch)) if self.mode == "shadow" else self._asked(batch)
+            return self._noted(batch, passed.prediction, passed)
 
     def learn(self, given: Any) -> None:
         """Adapt to a batch that was answered before. In shadow mode another thread than the one that answers may do this."""
@@ -160,14 +171,20 @@ class OnlineLoop:
         with self._entered():
             return self._made(self._frozen(self._take(given)), 0)
 
+    def reserve(self, count: int) -> int:
+        """The first of so many ids that no sample had yet."""
+        with self._noting:
+            first = self._ids
+            self._ids += count
+        return first
+
     @contextmanager
     def _entered(self, learning: bool = True) -> Iterator[None]:
         """Whatever the caller has switched off or on: graphs can be made in here, and the model is in evaluation mode."""
         with torch.inference_mode(False), torch.no_grad(), self._learning if learning else nullcontext(), self.context.autocast():
-            for model in {self.model, self.served}:
-                if model.training or (
-                    isinstance(model, Deployed) and model.module.training
-                ):  # whoever holds the module may have asked for it
+            for model in (self.model, self.served) if learning else (self.served,):  # what another thread adapts is in modes of its own
+                inner = model.module if isinstance(model, Deployed) else model  # whoever holds it may have asked for training mode
+                if model.training or inner.training or (learning and any(layer.training for layer in self.strategy.layers.values())):
                     model.eval()
             yield
 
@@ -185,141 +202,150 @@ class OnlineLoop:
         with self._serving:
             return self._made(self.served(batch), self.version)
 
-    def _asked(self, batch: Batch) -> tuple[Prediction, Tensor | None]:
-        """By the model that adapts, as it is: nothing is counted, kept or looked at. Also the deployed model's answer, if made."""
-        guard, recent, whole = self.guard, self._recent, batch
-        if self._small(batch):
+    def _asked(self, batch: Batch) -> _Passed:
+        """By the model that adapts, as it is: nothing is counted, kept or looked at."""
+        whole = batch
+        if self._joined(batch):
+            recent = self._recent if _fits(self._recent, batch) else None
             if recent is None or len(recent) + len(batch) < self.window:
-                frozen = self._frozen(batch)
-                return self._made(frozen, 0), frozen
-            whole = Batch.cat([recent, batch])[-self.window :]
-        rows = slice(len(whole) - len(batch), None)
-        if guard is not None and guard.prefers_frozen:
-            frozen = self._frozen(batch)
-            return self._made(frozen, 0), frozen
-        if guard is not None and guard.bypassing:
-            return self._made(self.strategy.reference(whole)[rows], 0), None
-        prediction = self.strategy.predict(whole)
-        assert prediction.scores is not None
-        return replace(prediction, scores=prediction.scores[rows], version=self.version), None
+                return self._by_frozen(batch)
+            whole = Batch.cat([recent, batch])
+            whole = whole[len(whole) - self.window :]
+        return self._by_choice(batch, whole)
 
-    def _small(self, batch: Batch) -> bool:
-        """Whether such a batch is answered together with the samples before it."""
-        return self.strategy.window is None and len(batch) * 4 < self.window and (self._by_batch or self.strategy.reads_batch)
+    def _by_choice(self, batch: Batch, whole: Batch) -> _Passed:
+        """What is served while nothing is learned: by the deployed model, by the source's weights, or by those that adapted."""
+        guard = self.guard
+        if guard is not None and guard.serves_frozen:
+            return self._by_frozen(batch)
+        if guard is not None and guard.bypassing:
+            return _Passed(_last(self._made(self.strategy.reference(whole), 0), len(batch)))
+        prediction = self._timed("answer", self.strategy.predict, whole)
+        return _Passed(_last(replace(prediction, version=self.version), len(batch)))
+
+    def _by_frozen(self, batch: Batch) -> _Passed:
+        frozen = self._frozen(batch)
+        return _Passed(self._made(frozen, 0), frozen)
 
     def _made(self, scores: Tensor, version: int) -> Prediction:
         info = self.strategy.info
         return Prediction(scores, threshold=info.threshold if info.target == "labels" else None, made="before", version=version)
 
-    def _served(self, batch: Batch, prediction: Prediction, frozen: Tensor | None) -> Prediction:
-        self.samples += len(batch)
+    def _noted(self, batch: Batch, prediction: Prediction, passed: _Passed) -> Prediction:
+        """What was answered, kept for labels that may come."""
         assert prediction.scores is not None
-        if self.strategy.info.target == "class":
-            decided = prediction.scores.argmax(dim=1)
+        prediction.ids = batch.ids
+        with self._noting:
+            self.samples += len(batch)
+            if self.strategy.info.target != "class":
+                return prediction
+            decided, self._classes = prediction.scores.argmax(dim=1), prediction.scores.shape[1]
             unknown = torch.full_like(decided, -1)
-            theirs, ours = unknown if frozen is None else frozen.argmax(dim=1), unknown if self._undecided is None else self._undecided
-            self._answers.append((batch.ids, decided, theirs, ours))
-            self._undecided = None
-        if self.remember and self.strategy.info.target == "class":
-            self._waiting.append(batch)
-            self._waits += len(batch)
-            while self._waits - len(self._waiting[0]) >= self.remember:
-                self._waits -= len(self._waiting.popleft())
+            theirs = unknown if passed.frozen is None else passed.frozen.argmax(dim=1)
+            self._answers.append((batch.ids, decided, theirs, unknown if passed.decided is None else passed.decided))
+            if self.remember:
+                self._waiting.append(batch)
+                self._waits += len(batch)
+                while self._waits - len(self._waiting[0]) >= self.remember:
+                    self._waits -= len(self._waiting.popleft())
         return prediction
 
     # -- adapting ---------------------------------------------------------------------------------------------------------------
 
-    def _pass(self, batch: Batch, learn: bool) -> tuple[Prediction, Tensor | None]:
-        """Answer with the model that adapts, learn where that is due, and let the guard look. Also the deployed model's answer, if made.
+    def _pass(self, batch: Batch, learn: bool) -> _Passed:
+        """Answer with the model that adapts, learn where that is due, and let the guard look.
 
-        A batch that the model cannot take leaves no trace, in a window least of all."""
-        before = self.batches, self._recent, self._new, self.cooling
+        A batch that the model cannot take leaves no trace, in a window least of all. Once an update was made from it, it is used up."""
+        before, updates = (self.batches, self._recent, self._new, self.cooling), self.strategy.counts.get("updates", 0)
         try:
-            return self._passed(batch, learn)
+            guard, number = self.guard, self.batches
+            self.batches = number + 1
+            if guard is not None and guard.retries(number):
+                self._tell("retry", "adapting is tried again")
+            return self._windowed(batch, learn, number) if self._small(batch) else self._whole(batch, learn, number)
         except Exception:
-            self.batches, self._recent, self._new, self.cooling = before
+            if self.strategy.counts.get("updates", 0) == updates:
+                self.batches, self._recent, self._new, self.cooling = before
             raise
 
-    def _passed(self, batch: Batch, learn: bool) -> tuple[Prediction, Tensor | None]:
-        guard, strategy, number = self.guard, self.strategy, self.batches
-        self.batches = number + 1
-        if guard is not None and guard.retries(number):
-            self._tell("retry", "adapting is tried again")
-        asked_of, lesson = self._windows(batch)
-        if asked_of is None:  # the statistics of so few samples would say nothing
-            scores = self._frozen(batch)
-            return self._made(scores, 0), scores
-        resting = guard is not None and (guard.bypassing or guard.prefers_frozen or self.cooling > 0)
+    def _whole(self, batch: Batch, learn: bool, number: int) -> _Passed:
+        """A batch that is a lesson by itself."""
+        guard = self.guard
+        if self._recent is not None and self.strategy.window is None:
+            self._recent = batch[max(0, len(batch) - self.window) :]
+        resting = guard is not None and (guard.bypassing or guard.serves_frozen or self.cooling > 0)
         self.cooling = max(0, self.cooling - 1)
-        if not learn or resting or not self._affordable(number):
-            lesson = None
-        version, reference = self.version, None
-        if guard is not None and guard.bypassing:
-            reference = strategy.reference(asked_of)
-            prediction = self._made(reference, 0)
-        elif lesson is asked_of:
-            prediction = self._adapted(lesson)
+        version = self.version
+        if learn and not resting and self._affordable(len(batch)):
+            prediction = self._adapted(batch)
             prediction.version = version if prediction.made == "before" else self.version
+        elif guard is not None and guard.bypassing:
+            prediction = self._made(self.strategy.reference(batch), 0)
         else:
-            prediction = self._timed("answer", strategy.predict, asked_of)
-            prediction.version = version
-            if lesson is not None:
-                self._adapted(lesson)
-        frozen: Tensor | None = None
-        if guard is not None and asked_of is batch and self._apart(batch):
-            frozen = None
-            if lesson is not None and not guard.bypassing:  # what was made of it, before anybody is answered by it
-                self._guarded(lesson, strategy.predict(lesson), None, number, look=True)
-            elif not bool(prediction.scores.isfinite().all()):  # type: ignore[union-attr]
-                prediction, frozen = self._guarded(batch, prediction, reference, number, look=True)
-        elif guard is not None:
-            assert prediction.scores is not None
-            decided = prediction.scores.argmax(dim=1)[len(asked_of) - len(batch) :]
-            prediction, frozen = self._guarded(asked_of, prediction, reference, number)
-            self._undecided = decided if self.strategy.info.target == "class" else None
+            prediction = replace(self._timed("answer", self.strategy.predict, batch), version=version)
+        if guard is None:
+            if self.mode == "shadow" and self._since >= self.promote_after:
+                self._publish("after so many updates")
+            return _Passed(prediction)
+        assert prediction.scores is not None
+        decided = prediction.scores.argmax(dim=1) if self.strategy.info.target == "class" else None
+        served, frozen = self._guarded(batch, prediction, number)
+        return _Passed(served, frozen, decided)
+
+    def _windowed(self, batch: Batch, learn: bool, number: int) -> _Passed:
+        """A batch too small to be a lesson: it is answered, alone or with the samples before it, and there is a lesson once a window is
+        full of samples that none has held. The guard looks at what the lesson made of the model before anybody is answered by it."""
+        guard, strategy = self.guard, self.strategy
+        size = strategy.window or self.window
+        recent = self._recent if _fits(self._recent, batch) else None
+        recent = batch if recent is None else Batch.cat([recent, batch])
+        self._recent = recent = recent[max(0, len(recent) - max(size, len(batch))) :]
+        self._new = min(self._new + len(batch), len(recent))
+        if self._joined(batch):
+            passed = self._by_frozen(batch) if len(recent) < size else self._by_choice(batch, recent)
+        else:
+            passed = self._by_choice(batch, batch)
+        assert passed.prediction.scores is not None
+        if not _sound(passed.prediction.scores):
+            if guard is not None and not guard.bypassing:
+                self._strike("an answer is not finite", number)
+            passed = self._by_frozen(batch) if guard is not None else passed
+        if self._new < size or not learn:
+            return passed
+        resting = guard is not None and (guard.bypassing or guard.serves_frozen or self.cooling > 0)
+        self.cooling = max(0, self.cooling - 1)
+        if not resting and self._affordable(len(recent)):
+            self._adapted(recent)
+        self._new = 0
+        if guard is not None:
+            prediction = self._made(strategy.reference(recent), 0) if guard.bypassing else strategy.predict(recent)
+            self._guarded(recent, prediction, number, look=True)
         elif self.mode == "shadow" and self._since >= self.promote_after:
             self._publish("after so many updates")
-        if len(asked_of) > len(batch):
-            rows = slice(len(asked_of) - len(batch), None)
-            assert prediction.scores is not None
-            prediction = replace(prediction, scores=prediction.scores[rows])
-            frozen = None if frozen is None else frozen[rows]
-        return prediction, frozen
+        if strategy.window is not None:
+            self._recent = None
+        return passed
 
-    def _apart(self, batch: Batch) -> bool:
-        """Whether such a batch is answered by itself, while the method learns from windows of samples."""
+    def _small(self, batch: Batch) -> bool:
+        """Whether such a batch is too small to learn from by itself."""
         if self.strategy.window is not None:
             return self.strategy.window > 1
-        return len(batch) * 4 < self.window and not (self._by_batch or self.strategy.reads_batch)
+        return len(batch) * 4 < self.window
 
-    def _windows(self, batch: Batch) -> tuple[Batch | None, Batch | None]:
-        """What is answered: the batch, or the newest samples with it at the end (None while there are too few); and what is learned from:
-        the same, a window of samples that no update has seen, or nothing yet."""
-        whole = self.strategy.window
-        size = whole or self.window
-        if whole is None and len(batch) * 4 >= size:
-            return batch, batch
-        recent = batch if self._recent is None else Batch.cat([self._recent, batch])
-        self._new += len(batch)
-        full = self._new >= size
-        if whole is not None:
-            self._recent, self._new = (None, 0) if full else (recent, self._new)
-            return batch, recent if full else None
-        self._recent = recent = recent[max(0, len(recent) - size) :]
-        if full:
-            self._new = 0
-        if not self._small(batch):
-            return batch, recent if full else None
-        return (recent if len(recent) == size else None), (recent if full else None)
+    def _joined(self, batch: Batch) -> bool:
+        """Whether such a batch is answered together with the samples before it."""
+        return self.strategy.window is None and self._small(batch) and (self._by_batch or self.strategy.reads_batch)
 
-    def _affordable(self, number: int) -> bool:
-        if number % self.every:
+    def _affordable(self, count: int) -> bool:
+        """Whether a lesson of so many samples is learned: one in `every`, within the budget."""
+        self._lessons += 1
+        if (self._lessons - 1) % self.every:
             return False
-        if self.budget is not None and self._costs.get("adapt", 0.0) > self.budget:
-            if number - self._tried < AGAIN:
+        if self.budget is not None and self._costs.get("adapt", 0.0) * count > self.budget:
+            if self.batches - self._tried < AGAIN:
                 self._count("over_budget")
                 return False
-            self._tried = number
+            self._tried = self.batches
         return True
 
     def _adapted(self, batch: Batch) -> Prediction:
@@ -334,15 +360,19 @@ class OnlineLoop:
         return prediction
 
     def _timed(self, what: str, do: Callable[[Batch], Any], batch: Batch) -> Any:
-        """Do it, and keep how long it takes where somebody set a budget; a device is waited for only then."""
+        """Do it, and keep how long it takes for each sample where somebody set a budget; a device is waited for only then. The first time
+        warms up and is no measure of the next."""
         if self.budget is None:
             return do(batch)
         begun = time.perf_counter()
         done = do(batch)
         if self.context.device.type == "cuda":
             torch.cuda.synchronize(self.context.device)
-        taken = 1000 * (time.perf_counter() - begun)
-        self._costs[what] = taken if what not in self._costs else 0.8 * self._costs[what] + 0.2 * taken
+        taken = 1000 * (time.perf_counter() - begun) / len(batch)
+        if what not in self._warm:
+            self._warm.add(what)
+        else:
+            self._costs[what] = 0.8 * self._costs[what] + 0.2 * taken if what in self._costs else taken
         return done
 
     def _frozen(self, batch: Batch) -> Tensor:
@@ -351,33 +381,31 @@ class OnlineLoop:
 
     # -- the guard --------------------------------------------------------------------------------------------------------------
 
-    def _guarded(
-        self, batch: Batch, prediction: Prediction, reference: Tensor | None, number: int, look: bool = False
-    ) -> tuple[Prediction, Tensor | None]:
+    def _guarded(self, batch: Batch, prediction: Prediction, number: int, look: bool = False) -> tuple[Prediction, Tensor | None]:
         """What is served after the guard has looked, and the deployed model's answer where it was made."""
         guard = self.guard
         assert guard is not None and prediction.scores is not None
         certain = math.nan if self.strategy.info.target == "value" else float(entropy(prediction.scores.float()).mean())
         due = look or guard.due(number, certain) or (self.mode == "shadow" and self._since >= self.promote_after)
-        if not due:
+        if not due and _sound(prediction.scores):
             return prediction, None
         frozen = self._frozen(batch)
-        answered, reference = self._compared(batch, prediction.scores, reference, frozen)
-        preferred = guard.prefers_frozen
+        answered, reference = self._compared(batch, prediction.scores, frozen)
+        preferred = guard.serves_frozen
         reason = guard.look(answered, reference, frozen, self.strategy.info.target, self.strategy.reads_batch)
         if reason is None and not guard.bypassing:
             reason = self._further(number)
-        if guard.prefers_frozen != preferred:
-            self._tell("statistics", self._choice(guard), serves="frozen" if guard.prefers_frozen else "adapting")
-            if guard.prefers_frozen and self.mode == "shadow":
+        if guard.serves_frozen != preferred:
+            self._tell("statistics", self._choice(guard), serves="frozen" if guard.serves_frozen else "adapting")
+            if guard.serves_frozen and self.mode == "shadow":
                 self.serve(0, {})
+        if reason is None and not guard.bypassing and not guard.serves_frozen and not guard.alert:
+            reason = self._content()
         if reason is not None and not guard.bypassing:
             self._strike(reason, number)
             prediction = self._made(reference, 0)
-        elif not guard.bypassing and not guard.prefers_frozen and not guard.alert:
-            self._content()
         assert prediction.scores is not None
-        if guard.prefers_frozen or not bool(prediction.scores.isfinite().all()):
+        if guard.serves_frozen or not _sound(prediction.scores):
             prediction = self._made(frozen, 0)
         return prediction, frozen
 
@@ -391,7 +419,7 @@ class OnlineLoop:
         chosen = "the deployed model is more certain without them" if guard.prefers_frozen else "they make the model more certain again"
         return f"statistics of the batch: {chosen}"
 
-    def _compared(self, batch: Batch, answered: Tensor, reference: Tensor | None, frozen: Tensor) -> tuple[Tensor, Tensor]:
+    def _compared(self, batch: Batch, answered: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
         """What the model that adapts says, or the one that would be promoted; and the source's weights under the same statistics."""
         strategy = self.strategy
         if self.mode == "shadow":
@@ -401,9 +429,7 @@ class OnlineLoop:
                 return answered, frozen
             with with_values(self.model, {**strategy.source, **strategy.gathered.values}):
                 return answered, self.model(batch)
-        if reference is None:
-            reference = strategy.reference(batch) if self._by_batch else frozen
-        return answered, reference
+        return answered, strategy.reference(batch) if self._by_batch else frozen
 
     def _further(self, number: int) -> str | None:
         """What the canary, late labels and the distance to the source say."""
@@ -412,14 +438,18 @@ class OnlineLoop:
         if self._fisher:
             reason = guard.look_at_drift(self.distance())
         if reason is None and self.canary and number - self._canary_at >= guard.canary_every:
-            self._canary_at = number
-            reason = guard.look_at_canary(self._on_canary(self._as_served), sum(len(one) for one in self.canary))
+            reason = self._canaries(number)
         if reason is None and len(self._labelled) >= FEWEST:
             ours, theirs = (sum(int(one[which]) for one in self._labelled) for which in (0, 1))
             reason = guard.look_at_labels(ours, theirs, sum(one[0] != one[1] for one in self._labelled), len(self._labelled))
             if reason is not None:
                 self._labelled.clear()
         return reason
+
+    def _canaries(self, number: int) -> str | None:
+        assert self.guard is not None
+        self._canary_at = number
+        return self.guard.look_at_canary(self._on_canary(self._as_served), sum(len(one) for one in self.canary))
 
     def _as_served(self, batch: Batch) -> Tensor:
         if self.mode == "shadow":
@@ -442,27 +472,35 @@ class OnlineLoop:
     def _strike(self, reason: str, number: int) -> None:
         guard = self.guard
         assert guard is not None
-        remedy = guard.strike(number)
-        good = self.versions[-1] if self.versions and remedy == "restore" else None
+        labels = reason.startswith(("canary", "feedback"))  # then it may be the statistics, which the source's weights share
+        remedy = guard.strike(number, final=not self.strategy.adapted, statistics=labels)
+        good = self.versions.pop() if self.versions and remedy == "restore" else None  # should it come to the same again: the one before
         if good is not None:
             self.strategy.rewind(good.snapshot)
-            self.versions.pop()  # should it come to the same again, it is the one before
         else:
             self.strategy.reset()
         self.cooling, self._since = guard.cooldown, 0
+        number = good.number if good else 0
         if self.mode == "shadow":
-            before = self.versions[-1] if self.versions and remedy == "restore" else None
-            self.serve(before.number if before else 0, before.weights if before else {})
-        else:
-            self.version = good.number if good else 0
-        to = f"version {good.number}" if good else "the deployed model"
+            shown = good if good is not None and not guard.serves_frozen else None
+            self.serve(shown.number if shown else 0, shown.weights if shown else {})
+        self.version = self.version if self.mode == "shadow" else number
+        to = f"version {number}" if number else "the deployed model"
         told = f"{reason}; {to} is restored" + ("" if remedy == "restore" else ", and adapting stops")
         self._tell(remedy, told, version=self.version)
 
-    def _content(self) -> None:
-        """The guard finds nothing: what is there can be gone back to, and in shadow mode it is promoted."""
-        if self._since >= self.promote_after:
-            self._publish("the guard is content")
+    def _content(self) -> str | None:
+        """The guard finds nothing: what is there can be gone back to, and in shadow mode it is promoted, unless the canary says no."""
+        assert self.guard is not None
+        self.guard.calm()
+        if self._since < self.promote_after or not self.strategy.changes_weights:
+            return None
+        if self.canary and (reason := self._canaries(self.batches)) is not None:
+            return reason
+        if any(not bool(value.isfinite().all()) for value in self._candidate().values()):
+            return "what was learned holds values that are not finite"
+        self._publish("the guard is content")
+        return None
 
     # -- versions ---------------------------------------------------------------------------------------------------------------
 
@@ -479,6 +517,10 @@ class OnlineLoop:
         """A new version: in shadow mode it is served from now on, inline it is one more to go back to."""
         self._since = 0
         if self.mode == "shadow":
+            if any(not bool(value.isfinite().all()) for value in self._candidate().values()):
+                self.strategy.reset()
+                self._tell("reset", "what was learned holds values that are not finite: nothing of it is kept", version=self.version)
+                return self.version
             self.newest += 1
             weights = copied(self._candidate())
             self.serve(self.newest, weights)
@@ -505,7 +547,8 @@ class OnlineLoop:
     def rollback(self, version: int | None = None) -> int:
         """Go back to the version before the one that is served, or to a numbered one; 0 is the model as it was deployed. Its number."""
         with self._entered():
-            there = [one for one in self.versions if one.number < self.version] if version is None else self.versions
+            now = self.version or (self.versions[-1].number + 1 if self.versions else 0)  # 0 may be served for a while
+            there = [one for one in self.versions if one.number < now] if version is None else self.versions
             chosen = next((one for one in reversed(there) if version is None or one.number == version), None)
             if chosen is None and version not in (None, 0):
                 known = ", ".join(str(number) for number in [0, *(one.number for one in self.versions)])
@@ -520,6 +563,7 @@ class OnlineLoop:
             if self.mode == "shadow":
                 self.serve(number, chosen.weights if chosen else {})
             self.version, self._since = number, 0
+            self._labelled.clear()
             if self.guard is not None:
                 self.guard.forget()
             self._tell("rollback", "asked for", version=number)
@@ -551,19 +595,22 @@ class OnlineLoop:
             return {"version": self.version, "snapshot": self.strategy.snapshot(), "weights": copied(self.served_weights())}
 
     def state(self) -> dict[str, Any]:
-        """All that the loop needs to go on where it was, as a tree of tensors and JSON values. `restore` takes it."""
+        """All that the loop needs to go on where it was, as a tree of tensors and JSON values, but for samples that wait for their labels
+        and the canary, which is given anew. `restore` takes it, on a loop that was made in the same way."""
         with self._entered():
             recent = self._recent
             return {
+                "strategy": self.strategy.state(),
+                "fisher": dict(self._fisher),
+                "ids": self._ids,
                 "version": self.version,
                 "newest": self.newest,
-                "snapshot": self.strategy.snapshot(),
                 "weights": copied(self.served_weights()),
                 "versions": [
                     {"number": one.number, "batch": one.batch, "snapshot": one.snapshot, "weights": one.weights} for one in self.versions
                 ],
                 "counts": {"loop": dict(self.counts), "strategy": dict(self.strategy.counts), "known": dict(self._known)},
-                "numbers": [self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at],
+                "numbers": [self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at, self._lessons],
                 "recent": None if recent is None else {"inputs": recent.inputs, "ids": recent.ids, "present": recent.present},
                 "labelled": [list(one) for one in self._labelled],
                 "answers": self._answered(),
@@ -574,7 +621,12 @@ class OnlineLoop:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Be as when `state` or `snapshot` was called."""
         with self._entered():
-            self.strategy.rewind(state["snapshot"])
+            fresh = state["strategy"]["now"] if "strategy" in state else state["snapshot"]
+            self._check_fit(fresh)
+            if "strategy" in state:
+                self.strategy.restore(state["strategy"])
+            else:
+                self.strategy.rewind(fresh)
             number = int(state["version"])
             if self.mode == "shadow":
                 self.serve(number, copied(state["weights"]))
@@ -588,7 +640,8 @@ class OnlineLoop:
             self.versions.extend(Version(int(v["number"]), int(v["batch"]), v["snapshot"], v["weights"]) for v in state["versions"])
             counts = state["counts"]
             self.counts, self.strategy.counts, self._known = dict(counts["loop"]), dict(counts["strategy"]), dict(counts["known"])
-            self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at = state["numbers"]
+            self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at, self._lessons = state["numbers"]
+            self._fisher, self._ids = dict(state["fisher"]), int(state["ids"])
             recent = state["recent"]
             self._recent = (
                 None if recent is None else Batch(dict(recent["inputs"]), None, recent["ids"], recent["present"]).to(self.context.device)
@@ -602,6 +655,16 @@ class OnlineLoop:
             self.happened.extend(dict(one) for one in state["events"])
             if self.guard is not None and state["guard"] is not None:
                 self.guard.restore(state["guard"])
+
+    def _check_fit(self, snapshot: Mapping[str, Any]) -> None:
+        """Raise ConfigError for what another method or another model has left, before anything is touched."""
+        mine, theirs = self.strategy.snapshot(), snapshot
+        own, given = mine["own"], theirs["own"]
+        same = {name: tuple(value.shape) for name, value in mine["adapted"].items()} == {
+            name: tuple(value.shape) for name, value in theirs["adapted"].items()
+        }
+        if not same or own.keys() != given.keys() or (mine["optimizer"] is None) != (theirs["optimizer"] is None):
+            raise ConfigError(f"this state is of another model or of another method than {plugin_name(self.strategy)}: nothing was changed")
 
     def served_weights(self) -> dict[str, Tensor]:
         """In shadow mode: the tensors in which the version that is served differs from the deployed model; none for version 0."""
@@ -620,21 +683,31 @@ class OnlineLoop:
             ids, targets = ids.cpu(), targets.cpu()
             if ids.dim() != 1 or targets.shape != ids.shape or targets.is_floating_point():
                 raise DataError("feedback is one id and one class (a whole number) for each sample")
-            found = 0
-            for known, decided, frozen, adapting in list(self._answers):  # another thread may be answering
+            if len(ids) != len(ids.unique()):
+                raise DataError("feedback names an id twice: give each sample one label")
+            wrong = (targets < 0) | (targets >= self._classes) if self._classes is not None else targets < 0
+            if bool(wrong.any()):
+                raise DataError(f"feedback holds class {int(targets[wrong][0])}, and the model has classes 0 to {(self._classes or 1) - 1}")
+            if correct and not self.remember:
+                raise ConfigError("to learn from labels that come late the loop must keep the samples until then: set remember")
+            found, left = 0, torch.ones(len(ids), dtype=torch.bool)
+            with self._noting:
+                answers = list(self._answers)
+            for known, decided, frozen, adapting in reversed(answers):  # an id that comes again is the newest one's
                 at, which = _matches(known.cpu(), ids)
+                open_ = left[which] & (decided.cpu()[at] >= 0)
+                at, which = at[open_], which[open_]
                 if not len(at):
                     continue
-                found += len(at)
-                right = decided.cpu()[at] == targets[which]
+                left[which], found = False, found + len(at)
+                said, theirs, ours, told = decided.cpu()[at], frozen.cpu()[at], adapting.cpu()[at], targets[which]
+                decided[at.to(decided.device)] = -2  # a label counts once
                 self._known["labelled"] += len(at)
-                self._known["right"] += int(right.sum())
-                theirs, ours, told = frozen.cpu()[at], adapting.cpu()[at], targets[which]
+                self._known["right"] += int((said == told).sum())
                 if bool((theirs < 0).any()):
                     later = self._frozen_on(known.cpu()[at][theirs < 0])
                     theirs = theirs if later is None else theirs.masked_scatter(theirs < 0, later)
-                both = theirs >= 0
-                ours = torch.where(ours < 0, decided.cpu()[at], ours)
+                both, ours = theirs >= 0, torch.where(ours < 0, said, ours)
                 self._labelled.extend(zip((ours == told)[both].tolist(), (theirs == told)[both].tolist(), strict=True))
             self._known["unknown"] += len(ids) - found
             learned = self._correct(ids, targets) if correct else 0
@@ -643,7 +716,8 @@ class OnlineLoop:
     def _answered(self) -> list[Tensor] | None:
         """What was answered and may yet be labelled: ids, decisions, those of the deployed model and of the one that adapts, -1 where
         unknown. None where nothing was."""
-        held = list(self._answers)
+        with self._noting:
+            held = list(self._answers)
         return [torch.cat([one[place].cpu() for one in held]) for place in range(4)] if held else None
 
     def _frozen_on(self, ids: Tensor) -> Tensor | None:
@@ -656,13 +730,13 @@ class OnlineLoop:
         return decided[torch.tensor([order[one] for one in ids.tolist()])]
 
     def _held(self, ids: Tensor) -> Batch | None:
-        parts = [one[torch.isin(one.ids, ids.to(one.ids.device)).nonzero().squeeze(1)] for one in self._waiting]
+        with self._noting:
+            waiting = list(self._waiting)
+        parts = [one[torch.isin(one.ids, ids.to(one.ids.device)).nonzero().squeeze(1)] for one in waiting]
         parts = [one for one in parts if len(one)]
         return Batch.cat(parts) if parts else None
 
     def _correct(self, ids: Tensor, targets: Tensor) -> int:
-        if not self.remember:
-            raise ConfigError("to learn from labels that come late the loop must keep the samples until then: set remember")
         held = self._held(ids)
         if held is None:
             return 0
@@ -712,11 +786,12 @@ class OnlineLoop:
             strategy.calibrated()
             if self.guard is None or strategy.info.target != "class" or not strategy.adapted:
                 return
+            draw = torch.Generator(device=self.context.device).manual_seed(0)
             total, samples = {name: torch.zeros_like(value) for name, value in strategy.adapted.items()}, 0
             for batch in taken:  # of batches, which is a lower bound of that of samples by up to the batch's size: so it is scaled
                 with torch.enable_grad():
                     logits = self.model(batch)
-                    drawn = logits.softmax(dim=1).multinomial(1, generator=_on(logits.device)).squeeze(1)
+                    drawn = logits.softmax(dim=1).multinomial(1, generator=draw).squeeze(1)
                     cross_entropy(logits, drawn).backward()
                 for name, value in strategy.adapted.items():
                     if value.grad is not None:
@@ -763,14 +838,34 @@ class OnlineLoop:
 
 def _matches(known: Tensor, asked_for: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the known ids are asked for, and where each stands among those."""
+    if not len(asked_for):
+        return asked_for, asked_for
     order = asked_for.argsort()
     place = torch.searchsorted(asked_for[order], known).clamp(max=len(asked_for) - 1)
     at = (asked_for[order][place] == known).nonzero().squeeze(1)
     return at, order[place[at]]
 
 
-def _on(device: torch.device) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(0)
+def _fits(recent: Batch | None, batch: Batch) -> bool:
+    """Whether samples can stand in one batch with those before them: of one shape and kind."""
+    if recent is None or recent.inputs.keys() != batch.inputs.keys():
+        return False
+    pairs = [(one, batch.inputs[name]) for name, one in recent.inputs.items()]
+    return all(
+        a.shape[1:] == b.shape[1:] and a.dtype == b.dtype if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        for a, b in pairs
+    )
+
+
+def _last(prediction: Prediction, count: int) -> Prediction:
+    """The answers to the last samples of a window."""
+    assert prediction.scores is not None
+    return prediction if len(prediction.scores) == count else replace(prediction, scores=prediction.scores[-count:])
+
+
+def _sound(scores: Tensor) -> bool:
+    """Whether scores can be served; minus infinity is a class that is masked."""
+    return not bool((scores.isnan() | scores.isposinf()).any())
 
 
 def online(
@@ -786,7 +881,7 @@ def online(
     every: int = 1,
     window: int | None = 32,
     budget: float | None = None,
-    keep: int = 5,
+    keep: int | None = None,
     promote: int = 8,
     remember: int = 0,
     target: Literal["class", "value"] = "class",
@@ -813,7 +908,10 @@ def online(
         preparation = learned.context.preparation
 
         def prepare(given: Any) -> Batch:
-            batch = given if isinstance(given, Batch) else learned.batch(given)
+            batch = given
+            if not isinstance(given, Batch):
+                batch = learned.batch(given)
+                batch.ids += loop.reserve(len(batch))
             return context.prepare(asked(batch, info), train=False)
 
     else:
@@ -823,7 +921,7 @@ def online(
         preparation = Preparation(info, {"train": [], "test": []})
 
         def prepare(given: Any) -> Batch:
-            batch = served.batch(given, loop.samples) if isinstance(served, Deployed) else given
+            batch = served.batch(given, loop.reserve) if isinstance(served, Deployed) else given
             if not isinstance(batch, Batch):
                 raise DataError(f"a model of streamcl takes a streamcl Batch, and this is a {type(batch).__name__}")
             _check_finite(batch)
@@ -844,12 +942,17 @@ def online(
             f"{plugin_name(method)} learns from labels: the online loop takes a method of test-time adaptation, tent for one "
             "(streamcl list strategies)"
         )
+    if method.targets and info.target not in method.targets:
+        raise ConfigError(
+            f"{plugin_name(method)} adapts models that answer with {' or '.join(method.targets)}, and this one answers with {info.target}"
+        )
     method.start(info, context)
-    if mode == "shadow":  # what is adapted becomes the copy's own, the rest stays shared
-        for name in method.adapted:
-            path, _, last = name.rpartition(".")
-            module = adapting.get_submodule(path)
-            module._parameters[last] = nn.Parameter(module._parameters[last].detach().clone())  # type: ignore[union-attr]
+    if mode == "shadow":  # what is adapted becomes the copy's own, wherever it is used, and the rest stays shared
+        own = {id(value): nn.Parameter(value.detach().clone()) for value in method.adapted.values()}
+        for module in adapting.modules():
+            for name, value in module._parameters.items():
+                if id(value) in own:
+                    module._parameters[name] = own[id(value)]
         method.start(info, context)
     watch = guard if isinstance(guard, Guard) else Guard(**guard) if isinstance(guard, Mapping) else Guard() if guard else None
     loop = OnlineLoop(

@@ -201,6 +201,7 @@ class Prediction:
     threshold: float | None = None
     made: str = "before"
     version: int | None = None
+    ids: Tensor | None = None  # of the samples, in the online loop: what labels that come late are known by
 
     def labels(self) -> Tensor | list[str]:
         """The decision: the class with the highest score, for several labels which of them are given, or the text."""

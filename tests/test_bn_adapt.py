@@ -128,7 +128,7 @@ def test_a_model_that_keeps_no_statistics_is_refused() -> None:
 def test_the_layers_are_as_they_were_when_a_batch_fails() -> None:
     module = convolutions()
     method = started("bn_adapt", module, weight=0.5)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError):
         method.adapt(batch(torch.zeros(2, 4, 8, 8)))
     assert all(layer.running_mean is not None and not layer._forward_pre_hooks for layer in batch_norms(module).values())
     assert torch.equal(source(module), source(convolutions()))

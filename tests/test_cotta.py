@@ -11,6 +11,7 @@ from streamcl.strategies.test_time._augmenting import Pixels, strong
 from streamcl.strategies.test_time.cotta import Cotta
 from test_lame import CLASSES, INFO, answers, deployed, goes_back_exactly, learns_nothing_from_predicting, same, served, small_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from streamcl.errors import ConfigError
 from streamcl.options import Optimizer
@@ -110,6 +111,30 @@ def test_a_step_that_is_not_finite_moves_neither_of_them() -> None:
     answers(cotta, [batch])
     assert cotta.counts == {"not_finite": 1} and not cotta.own_state()["teacher"]
     assert all(torch.equal(value, cotta.source[name]) for name, value in cotta.adapted.items())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_labels_that_come_late_reach_the_teacher_who_answers(learned: bool) -> None:
+    cotta = deployed(Cotta(views=0, m=0.9, optimizer=Optimizer(name="sgd", lr=0.01)))
+    if learned:
+        answers(cotta, [served(8, seed=s) for s in range(2)])
+    before = cotta.snapshot()
+    batch = served(8, seed=5)
+    labelled = batch.replace(target=torch.arange(8) % CLASSES)
+
+    def loss() -> float:
+        return float(cross_entropy(cotta.predict(batch).scores, cast(Tensor, labelled.target)))
+
+    begun, teacher = loss(), {name: value.clone() for name, value in cotta.weights().items()}
+    student = {name: value.data.clone() for name, value in cotta.adapted.items()}
+    cotta.correct(labelled)
+    assert loss() < begun - 1e-3
+    for name, value in cotta.adapted.items():
+        torch.testing.assert_close(value.data - student[name], cotta.weights()[name] - teacher[name], atol=1e-5, rtol=1e-3)
+    cotta.rewind(before)
+    assert loss() == begun
+    with pytest.raises(ConfigError, match="labels that come late"):
+        cotta.correct(batch)
 
 
 def test_it_goes_back_exactly() -> None:

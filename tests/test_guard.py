@@ -240,9 +240,7 @@ def test_the_share_of_decisions_that_differ_is_what_it_says() -> None:
     reason = guard.look(one_hot(said), one_hot(usual), one_hot(usual))
     assert guard.figures["disagreement"] == 4 / 64
     unsure = 1 - 1 / (1 + 3 * math.exp(-9))
-    assert (
-        guard.figures["limit"] == pytest.approx(0.01 + unsure, abs=1e-6) and reason is not None and reason.startswith("drift: 6% of")
-    )
+    assert guard.figures["limit"] == pytest.approx(0.01 + unsure, abs=1e-6) and reason is not None and reason.startswith("drift: 6% of")
 
 
 def test_a_collapse_onto_one_class_is_seen_by_diversity_and_a_stream_of_one_class_is_not_one() -> None:

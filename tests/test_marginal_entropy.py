@@ -128,6 +128,13 @@ def test_turns_and_shifts_move_what_they_should() -> None:
     assert torch.allclose(sheared[:, :, 5, :-1], images[:, :, 5, 1:], atol=1e-4)
 
 
+def test_labels_that_come_late_are_refused() -> None:
+    memo = deployed(MarginalEntropy(views=2))
+    with pytest.raises(ConfigError, match="forgets after each sample what it learned from it: labels that come late would change nothing"):
+        memo.correct(served(2).replace(target=torch.tensor([0, 1])))
+    assert all(torch.equal(value, memo.source[name]) for name, value in memo.adapted.items())
+
+
 def test_a_stream_without_images_is_refused() -> None:
     from streamcl.nn.backbones.mlp import Mlp
 

@@ -171,12 +171,13 @@ def test_it_works_where_gradients_are_switched_off_outside_and_the_model_was_lef
 def test_what_cannot_be_served_is_one_sentence_and_leaves_everything_as_it_was(given: Any, message: str, mode: Any) -> None:
     loop = streamcl.online(network(), "tent", mode=mode)
     loop(pictures(16))
-    before, status = loop.state()["snapshot"], loop.status()
+    before, status = flatten(loop.snapshot()), loop.status()
     with pytest.raises(DataError, match=message):
         loop(given)
-    assert flatten(before)[0] == flatten(loop.state()["snapshot"])[0]
-    assert all(torch.equal(a, b) for a, b in zip(flatten(before)[1].values(), flatten(loop.state()["snapshot"])[1].values(), strict=True))
+    after = flatten(loop.snapshot())
+    assert before[0] == after[0] and all(torch.equal(a, b) for a, b in zip(before[1].values(), after[1].values(), strict=True))
     assert loop.status() == status
+    assert len(loop(pictures(16)).scores) == 16
 
 
 def test_a_batch_that_cannot_be_taken_does_not_poison_the_window_that_it_came_first_in() -> None:
@@ -202,6 +203,16 @@ def test_inputs_of_different_lengths_are_refused() -> None:
         streamcl.online(Two(), "tent")({"left": torch.randn(3, 5), "right": torch.randn(4, 5)})
 
 
+def test_a_state_of_another_method_or_model_is_refused_before_anything_is_touched() -> None:
+    tent, sar = streamcl.online(network(), "tent"), streamcl.online(network(norm="group"), "sar")
+    tent(pictures(16))
+    before = flatten(sar.snapshot())[1]
+    for state in (tent.state(), tent.snapshot()):
+        with pytest.raises(ConfigError, match="of another model or of another method than sar"):
+            sar.restore(state)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), flatten(sar.snapshot())[1].values(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -217,6 +228,8 @@ def test_inputs_of_different_lengths_are_refused() -> None:
             "watched by the guard, and there is none",
         ),
         (network(), {"calibrate": []}, "there is no batch in it"),
+        (network(), {"target": "value"}, "tent adapts models that answer with class, and this one answers with value"),
+        (network(norm="group").to(torch.bfloat16), {}, "steps, which are lost in half precision, and module.1.weight is bfloat16"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_served(model: Any, options: dict[str, Any], message: str) -> None:
@@ -243,7 +256,9 @@ def test_an_update_that_takes_longer_than_the_budget_is_left_out_and_counted() -
     loop = streamcl.online(network(), "tent", budget=1e-6, guard=False, window=None)
     for number in range(5):
         loop(pictures(8, number))
-    assert loop.strategy.counts["updates"] == 1 and loop.counts["over_budget"] == 4, "only the one that showed how long it takes"
+    assert loop.strategy.counts["updates"] == 2 and loop.counts["over_budget"] == 3, (
+        "one that warmed up, and one that showed how long it takes"
+    )
     generous = streamcl.online(network(), "tent", budget=1e6, guard=False, window=None)
     for number in range(5):
         generous(pictures(8, number))
@@ -276,6 +291,73 @@ def test_without_batch_normalisation_each_sample_is_answered_alone() -> None:
     assert loop.strategy.counts["updates"] == 3
 
 
+def test_every_second_window_is_learned_from_and_none_is_lost_to_its_number() -> None:
+    loop = streamcl.online(network(), "tent", window=8, every=2, guard=False)
+    for number in range(64):
+        loop(pictures(1, number))
+    assert loop.strategy.counts["updates"] == 4
+
+
+def test_single_samples_of_changing_size_are_answered_and_begin_a_window_anew() -> None:
+    loop = streamcl.online(network(norm="group"), "tent", window=8, guard=False)
+    for number in range(40):
+        size = 6 if number % 10 else 8
+        assert loop(torch.randn(1, 3, size, size)).scores.shape == (1, 4)
+    assert loop.strategy.counts["updates"] == 4
+
+
+def test_after_large_batches_a_single_sample_is_normalised_by_what_came_just_before() -> None:
+    loop = streamcl.online(network(), "tent", window=8, guard=False, every=1000)
+    for number in range(8):
+        loop(pictures(1, number))
+    x = pictures(16, 99, shift=3.0)
+    loop(x)
+    fresh = network()
+    fresh[1].running_mean = fresh[1].running_var = None
+    fresh.load_state_dict(dict(loop.served.module.state_dict().items()), strict=False)
+    one = pictures(1, 5, shift=3.0)
+    torch.testing.assert_close(loop(one).scores, fresh(torch.cat([x[9:], one])).detach()[-1:], atol=1e-5, rtol=1e-4)
+
+
+def test_masked_classes_are_no_reason_to_stop() -> None:
+    mask = torch.tensor([0.0, 0.0, -torch.inf, 0.0])
+    loop = streamcl.online(network(norm="group"), "tent", forward=lambda m, x: m(x) + mask)
+    for number in range(10):
+        loop(pictures(16, number))
+    assert loop.strategy.counts == {"updates": 10} and not loop.status()["events"]
+
+
+def test_one_batch_of_huge_numbers_does_not_stay_in_the_statistics() -> None:
+    loop = streamcl.online(network(), "tent", mode="shadow", guard=False, promote=1)
+    loop(pictures(16) * 1e25)
+    for number in range(3):
+        loop(pictures(16, number))
+    scores = loop.predict(pictures(16, 9)).scores
+    assert bool(scores.isfinite().all()) and float(scores.std(dim=0).max()) > 0.01
+
+
+def test_a_fault_of_the_module_is_not_called_the_batchs() -> None:
+    fail = []
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        if fail:
+            raise RuntimeError("the card fell out")
+        return module(x)
+
+    loop = streamcl.online(network(), "tent", forward=forward)
+    loop(pictures(16))
+    fail.append(1)
+    with pytest.raises(RuntimeError, match="the card fell out"):
+        loop(pictures(16))
+
+
+def test_a_first_batch_that_was_refused_does_not_settle_the_form() -> None:
+    loop = streamcl.online(network(), "tent")
+    with pytest.raises(DataError):
+        loop({"nonsense": torch.randn(4, 3, 6, 6)})
+    assert loop(pictures(16)).version == 0
+
+
 # -- shadow --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +379,45 @@ def test_in_shadow_mode_what_is_served_changes_only_by_promotion_and_shares_what
     assert loop.rollback() == 0 and torch.equal(loop.predict(x).scores, expected) and unchanged(model, before)
 
 
+class Named(nn.Module):
+    """Its arguments have names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.again, self.head = nn.LayerNorm(5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.again.weight = self.norm.weight  # one parameter in two places
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.head(self.again(self.norm(x if y is None else x + y)))
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping", "forward"])
+def test_the_copy_that_adapts_is_given_its_inputs_as_the_served_model_is(form: str) -> None:
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(8, 5)
+    given: Any = {"tensor": x, "tuple": (x, x), "mapping": {"x": x, "y": x}, "forward": x}[form]
+    options = {"forward": lambda m, inputs: (m(inputs), inputs)} if form == "forward" else {}
+    loop = streamcl.online(model, {"name": "tent", "optimizer": {"lr": 0.05}}, mode="shadow", guard=False, promote=2, **options)
+    first = loop(given).scores
+    loop(given)
+    assert loop.version == 1 and not torch.equal(loop.predict(given).scores, first)
+    assert loop.served.module.norm.weight is loop.served.module.again.weight
+    assert loop.model.module.norm.weight is loop.model.module.again.weight
+    loop.reset()
+    assert torch.equal(loop.predict(given).scores, first)
+
+
+def test_a_parameter_in_two_places_is_adapted_once_and_frozen_brings_it_back() -> None:
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(8, 5)
+    loop = streamcl.online(model, {"name": "tent", "optimizer": {"lr": 0.05}}, guard=False, window=None)
+    expected = loop.frozen(x).scores
+    loop(x)
+    learned = model.norm.weight.detach().clone()
+    assert torch.equal(loop.frozen(x).scores, expected) and torch.equal(model.norm.weight, learned)
+    assert [name for name in loop.strategy.adapted if name.endswith("weight")] == ["module.norm.weight"]
+
+
 def test_versions_are_numbered_on_and_can_be_gone_back_to() -> None:
     loop = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, mode="shadow", guard=False, promote=2, keep=3)
     x, served = pictures(8, 99), {}
@@ -311,6 +432,34 @@ def test_versions_are_numbered_on_and_can_be_gone_back_to() -> None:
     with pytest.raises(ConfigError, match="there is no version 4 to go back to; there are 0, 3, 6"):
         loop.rollback(4)
     assert loop.promote() == 7 and loop.rollback() == 6 and loop.rollback(0) == 0
+
+
+def test_asking_learning_and_labels_from_several_threads_keep_every_id_once() -> None:
+    loop = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.01}}, mode="shadow", promote=2, remember=512)
+    seen, wrong, done = [], [], threading.Event()
+
+    def ask(size: int) -> None:
+        while not done.is_set():
+            answer = loop.predict(pictures(size, size))
+            seen.append(answer.ids)
+            try:
+                loop.feedback(answer.ids, answer.labels())
+                loop.status()
+            except Exception as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=ask, args=(size,)) for size in (3, 5, 16)]
+    for one in threads:
+        one.start()
+    for number in range(40):
+        loop.learn(pictures(16, number))
+    done.set()
+    for one in threads:
+        one.join()
+    ids = torch.cat(seen)
+    assert not wrong and len(ids) == len(ids.unique())
+    known = loop.status()["feedback"]
+    assert known["labelled"] == known["right"] == len(ids) and known["unknown"] == 0
 
 
 def test_it_answers_while_another_thread_learns_and_every_answer_is_of_one_version() -> None:
@@ -332,6 +481,11 @@ def test_it_answers_while_another_thread_learns_and_every_answer_is_of_one_versi
     for one in threads:
         one.join()
     assert not wrong and loop.version == 30
+    alone = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, mode="shadow", guard=False, promote=1)
+    for number in range(30):
+        alone.learn(pictures(16, number))
+    learned, expected = flatten(loop.snapshot())[1], flatten(alone.snapshot())[1]
+    assert all(torch.equal(value, expected[name]) for name, value in learned.items()), "who asks changes nothing of what is learned"
 
 
 # -- labels that come late -----------------------------------------------------------------------------------------------------------
@@ -350,8 +504,16 @@ def test_late_labels_are_matched_by_id_scored_and_compared_with_the_deployed_mod
     assert found["recent_accuracy_frozen"] == float((frozen[ids[:4]] == told[:4]).double().mean())
     version = loop.version
     assert loop.feedback(ids[:2], told[:2], correct=True)["learned"] == 2 and loop.version == version + 1
-    with pytest.raises(DataError, match="one id and one class"):
-        loop.feedback(ids, told[:2])
+    assert loop.feedback(ids, told)["found"] == 0, "a label counts once"
+    for wrong, message in (
+        (told[:2], "one id and one class"),
+        (torch.tensor([0, 0, 0, 0, 4]), "holds class 4, and the model has classes 0 to 3"),
+    ):
+        with pytest.raises(DataError, match=message):
+            loop.feedback(ids, wrong)
+    with pytest.raises(DataError, match="names an id twice"):
+        loop.feedback(torch.tensor([1, 1]), torch.tensor([0, 0]))
+    assert loop.feedback(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))["found"] == 0
 
 
 def test_learning_from_late_labels_lowers_their_loss() -> None:

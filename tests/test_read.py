@@ -84,6 +84,25 @@ def test_a_few_steps_on_one_batch_lower_the_loss() -> None:
     assert now() < begun - 0.01
 
 
+@pytest.mark.parametrize(("given", "learned"), [(served(size=1), 0), (served(size=2), 1)])
+def test_nothing_is_learned_from_one_sample(given: Any, learned: int) -> None:
+    strategy = deployed(Read(optimizer=LR))
+    before, frozen = weights(strategy), strategy.predict(given).scores
+    answer = strategy.adapt(given).scores
+    assert strategy.counts == ({"updates": 1} if learned else {"skipped": 1})
+    assert bool(changed(strategy, before)) == learned and torch.equal(answer, frozen) != learned
+
+
+def test_nothing_is_learned_where_a_modality_is_absent_for_every_sample() -> None:
+    strategy = deployed(Read(optimizer=LR))
+    before = weights(strategy)
+    given = served(present={"sound": [0] * 6, "image": [1, 0, 1, 1, 1, 1]})
+    frozen = strategy.predict(given).scores
+    assert torch.equal(strategy.adapt(given).scores, frozen) and not changed(strategy, before) and strategy.counts == {"skipped": 1}
+    strategy.adapt(served(present={"sound": [0, 0, 0, 1, 0, 0], "image": [1, 0, 1, 1, 1, 1]}))
+    assert changed(strategy, before) and strategy.counts == {"skipped": 1, "updates": 1}
+
+
 def test_going_back_is_exact() -> None:
     assert_exact(lambda: deployed(Read(optimizer=LR)), [served(seed, present={"image": [1, 1, 0, 1, 1, 0]}) for seed in range(3)])
 

@@ -11,7 +11,7 @@ from streamcl.strategies.test_time._robust import robust, statistics_of
 from streamcl.strategies.test_time.rotta import Rotta
 from test_lame import CLASSES, INFO, answers, deployed, goes_back_exactly, learns_nothing_from_predicting, same, served, small_model
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
+from torch.nn.functional import batch_norm, cross_entropy, relu
 
 from streamcl.errors import ConfigError
 from streamcl.nn.norms import batch_norms
@@ -100,10 +100,81 @@ def test_robust_statistics_are_the_mixture_and_carry_its_gradient() -> None:
         (mine,), (theirs,) = (torch.autograd.grad((out * pull).sum(), tensor, retain_graph=True) for out in (y, by_hand))
         assert torch.allclose(mine, theirs, atol=1e-5)
     assert torch.equal(layer(x), nn.BatchNorm2d.forward(layer, x)) and "forward" not in layer.__dict__
+    sources = layer(x)
     with robust(layers, statistics_of(layers), 0.0):
-        assert torch.allclose(layer(x), nn.BatchNorm2d.forward(layer, x), atol=1e-6)
+        assert torch.allclose(layer(x), sources, atol=1e-6)
     with robust(layers, statistics_of(layers), 1.0):
         assert torch.allclose(layer(x), batch_norm(x, None, None, layer.weight, layer.bias, True), atol=1e-5)
+
+
+class Rectified(nn.BatchNorm2d):
+    """A layer as libraries have it, with an activation of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu(super().forward(input))
+
+
+def timms(channels: int) -> nn.Module:
+    made: nn.Module = pytest.importorskip("timm.layers").BatchNormAct2d(channels)
+    return made
+
+
+@pytest.mark.parametrize("make", [Rectified, timms])
+def test_what_a_layer_does_beside_normalising_it_does_still(make: Any) -> None:
+    torch.manual_seed(0)
+    layer, plain = make(3).eval(), nn.BatchNorm2d(3).eval()
+    with torch.no_grad():
+        for value in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            value.copy_(torch.rand(3) + 0.2)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 3, 4, 4, requires_grad=True)
+    told, kept, pull = [], [], torch.randn(5, 3, 4, 4)
+    for one, after in ((layer, lambda y: y), (plain, relu)):
+        values = {name: value.clone() for name, value in statistics_of({"norm": one}).items()}
+        with robust({"norm": one}, values, 0.3):
+            y = after(one(x))
+        told.append([y, *torch.autograd.grad((y * pull).sum(), (x, one.weight, one.bias))])
+        kept.append(list(values.values()))
+    for mine, theirs in zip([*told[0], *kept[0]], [*told[1], *kept[1]], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert float(told[0][0].detach().min()) == 0.0
+    torch.testing.assert_close(layer(x), relu(plain(x)))
+    assert all(torch.equal(layer._buffers[name], value) for name, value in plain.named_buffers()) and not layer._forward_pre_hooks
+
+
+def test_an_error_leaves_the_layers_as_they_were() -> None:
+    layer = nn.BatchNorm2d(3).eval()
+    before = dict(layer._buffers)
+    with pytest.raises(KeyboardInterrupt), robust({"norm": layer}, statistics_of({"norm": layer}), 0.5):
+        raise KeyboardInterrupt
+    assert all(layer._buffers[name] is value for name, value in before.items()) and not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_labels_that_come_late_reach_the_teacher_who_answers(learned: bool) -> None:
+    rotta = deployed(Rotta(every=8, capacity=8, nu=0.1, augment=False, optimizer=Optimizer(name="sgd", lr=0.01)))
+    if learned:
+        answers(rotta, [served(8, seed=s) for s in range(2)])
+    before = rotta.snapshot()
+    batch = served(8, seed=5)
+    labelled = batch.replace(target=torch.arange(8) % CLASSES)
+
+    def loss() -> float:
+        return float(cross_entropy(rotta.predict(batch).scores, cast(Tensor, labelled.target)))
+
+    begun, teacher = loss(), {name: value.clone() for name, value in rotta.weights().items()}
+    student = {name: value.data.clone() for name, value in rotta.adapted.items()}
+    rotta.correct(labelled)
+    assert loss() < begun - 1e-3
+    for name, value in rotta.adapted.items():
+        change = rotta.weights()[name] - teacher[name]
+        assert change.any()
+        torch.testing.assert_close(value.data, student[name] + change)
+    assert all(torch.equal(rotta.weights()[name], teacher[name]) for name in statistics_of(rotta.layers)), "statistics have no labels"
+    rotta.rewind(before)
+    assert loss() == begun
+    with pytest.raises(ConfigError, match="labels that come late"):
+        rotta.correct(batch)
 
 
 def test_before_it_learned_the_source_answers_and_predicting_learns_nothing() -> None:

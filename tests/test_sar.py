@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,32 @@ def test_a_gradient_that_is_not_finite_is_counted_and_nothing_changes() -> None:
     handle.remove()
     assert sar.counts["not_finite"] == 1 and "updates" not in sar.counts
     assert all(torch.equal(sar.adapted[name], value) for name, value in sar.source.items())
+
+
+def test_with_batch_normalisation_it_warns_once_and_without_it_does_not() -> None:
+    sar, other = started("sar", convolutions()), started("sar", convolutions("group"))
+    for seed in range(2):
+        sar.adapt(batch(seed=seed)), other.adapt(batch(seed=seed))
+    assert [event.kind for event in sar.heard.events] == ["warning"] and not other.heard.events
+    assert "its authors advise against it" in sar.heard.events[0].fields["message"]
+
+
+def test_a_parameter_that_two_layers_share_goes_up_the_slope_and_back_once() -> None:
+    module: Any = convolutions("group")
+    module[1][1].weight = module[0][1].weight
+    sar = started("sar", module, skip=[], e0=9.0, rho=0.1)
+    sar.optimizer.step = lambda *given: None
+    seen: list[float] = []
+    sar.model.register_forward_pre_hook(lambda *given: seen.append(moved(sar)))
+    sar.adapt(batch())
+    assert seen == [0.0, pytest.approx(0.1, rel=1e-4)], "as far up as it says"
+    assert moved(sar) == 0.0 and sar.counts["updates"] == 1
+
+
+def moved(sar: Any) -> float:
+    """How far its tensors, each taken once, are from the source's."""
+    values = {id(value): value.detach() - sar.source[name] for name, value in sar.adapted.items()}
+    return math.sqrt(sum(float(change.square().sum()) for change in values.values()))
 
 
 def test_going_back_is_exact() -> None:

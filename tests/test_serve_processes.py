@@ -153,7 +153,7 @@ def test_after_kills_every_acknowledged_batch_was_learned_once(run):
             alone.learn(Batch.cat(waiting))
             waiting, updates = [], updates + 1
     assert not waiting and updates > 3
-    for part in ("snapshot", "weights", "versions", "recent", "guard"):
+    for part in ("strategy", "weights", "versions", "recent", "guard"):
         (tree, tensors), (expected_tree, expected) = flatten(state["loop"][part]), flatten(alone.state()[part])
         assert tree == expected_tree, part
         assert all(torch.equal(value, expected[name]) for name, value in tensors.items()), part

@@ -34,7 +34,7 @@ def started(name: str, module: nn.Module, kinds: dict[str, Modality] | None = No
     """A method around a deployed module; its warnings are in `heard`."""
     strategy = make("strategy", name, **options)
     model, heard = Deployed(module), Heard()
-    model.form = "tensor" if not kinds or len(kinds) == 1 else "mapping"
+    model.form.asked = "tensor" if not kinds or len(kinds) == 1 else "mapping"
     info = StreamInfo(kinds or {"input": Modality("image", (3, 8, 8))}, test_time=True)
     context = Context(model, None, Events([heard]), Preparation(info, {}), seed=3)  # type: ignore[arg-type]
     strategy.start(info, context)

@@ -9,6 +9,8 @@ from streamcl.adapting import entropy
 from streamcl.errors import ConfigError
 from streamcl.stream import Batch
 
+FEWEST = 2  # samples: of one alone nothing can be said about how evenly classes are predicted
+
 
 def balance(probabilities: Tensor) -> Tensor:
     """How evenly the classes are predicted: the entropy of the softmax of the *sum* of these probabilities  # (batch, classes) -> ()
@@ -30,3 +32,8 @@ def here(batch: Batch, names: list[str]) -> Tensor:
     """Which sample has which of these modalities  # (batch, modalities) bool"""
     everything = torch.ones_like(batch.ids, dtype=torch.bool)
     return torch.stack([(batch.present or {}).get(name, everything) for name in names], dim=1)
+
+
+def comparable(batch: Batch, names: list[str]) -> bool:
+    """Whether how modalities go together can be learned from a batch: it is no single sample, and every modality is there for some."""
+    return len(batch) >= FEWEST and (not batch.present or bool(here(batch, names).any(dim=0).all()))

@@ -96,15 +96,16 @@ class Casp(AdaptingStrategy):
             return self.forward(batch)
         before = {name: value.detach().clone() for name, value in self.adapted.items()}
         try:
-            served = self._adapted_to(batch)
+            served = self._predicted(batch)
+            with self.statistics(gather=False):  # what follows lacks modalities, has dropout, or was seen already
+                self._adapt_to(batch, served)
         except BaseException:
             self._be(before)
             raise
-        return self.forward(batch) if self.answer == "after" else served
+        return self.again(batch) if self.answer == "after" else served
 
-    def _adapted_to(self, batch: Batch) -> Tensor:
-        """Both stages on one window; what was predicted of it before them  # (window, values)"""
-        served = first = self._predicted(batch)
+    def _adapt_to(self, batch: Batch, first: Tensor) -> None:
+        """Both stages on one window; `first` is what was predicted of it before them  # (window, values)"""
         if self.begin == "source":
             self._be(self.source)
             first = self._predicted(batch)
@@ -123,7 +124,6 @@ class Casp(AdaptingStrategy):
         self.count("kept", len(chosen))
         for _ in range(self.label_epochs):
             self._epoch(chosen, self._error)
-        return served
 
     @torch.no_grad()
     def _be(self, values: Mapping[str, Tensor]) -> None:

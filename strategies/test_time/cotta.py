@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from streamcl.adapting import AdaptingStrategy
+from streamcl.adapting import AdaptingStrategy, copied
 from streamcl.context import Context
 from streamcl.nn.norms import with_values
 from streamcl.options import Fraction, NonNegativeInt, PositiveFloat
@@ -119,9 +119,12 @@ class Cotta(AdaptingStrategy):
     @torch.no_grad()
     def follow(self) -> None:
         """The teacher moves towards the student."""
+        self.begin_teaching()
+        torch._foreach_lerp_(list(self.teacher.values()), [value.data for value in self.adapted.values()], 1 - self.m)
+
+    def begin_teaching(self) -> None:
         if not self.teacher:
             self.teacher = {name: value.clone() for name, value in self.source.items()}
-        torch._foreach_lerp_(list(self.teacher.values()), [value.data for value in self.adapted.values()], 1 - self.m)
 
     @torch.no_grad()
     def restore_some(self) -> None:
@@ -130,6 +133,15 @@ class Cotta(AdaptingStrategy):
         for name, value in self.adapted.items():
             chosen = torch.rand(value.shape, generator=generator, device=value.device) < self.r
             value.copy_(torch.where(chosen, self.source[name], value))
+
+    def correct(self, batch: Batch) -> None:
+        """As the template, for the teacher, which answers: its gradient, its step. The student is changed by as much."""
+        self.begin_teaching()
+        before = copied(self.teacher)
+        with self.as_teacher():
+            super().correct(batch)
+        for name, value in self.adapted.items():
+            value.data.add_(self.teacher[name] - before[name])
 
     @contextmanager
     def as_teacher(self) -> Iterator[None]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from streamcl.adapting import AdaptingStrategy
 from streamcl.context import Context
+from streamcl.errors import ConfigError
 from streamcl.nn.norms import by_mixture
 from streamcl.options import Fraction, NonNegativeFloat, Optimizer, PositiveFloat, PositiveInt
 from streamcl.stream import Batch, StreamInfo
@@ -98,6 +99,9 @@ class MarginalEntropy(AdaptingStrategy):
         torch._foreach_copy_(list(self.adapted.values()), list(self.source.values()))
         assert self.optimizer is not None
         self.optimizer.state.clear()  # momentum of one sample is nothing to the next
+
+    def correct(self, batch: Batch) -> None:
+        raise ConfigError("marginal_entropy forgets after each sample what it learned from it: labels that come late would change nothing")
 
     @contextmanager
     def statistics(self, gather: bool = True) -> Iterator[None]:

@@ -9,7 +9,8 @@ sample,
     L     = L_ra - L_bal
 
 With gamma = 1/e L_ra is -m log m: minimising it raises a probability above 1/e and lowers one below. L_ra alone collapses; L_bal is what
-keeps it from that, and since its softmax is of a sum over the batch, it says next to nothing with batches of one.
+keeps it from that, and since its softmax is of a sum over the batch, it says next to nothing with batches of one: from these nothing is
+learned, nor from a batch in which some modality is absent for every sample. Both are counted as skipped.
 
 One step of Adam, and the answer is that of a second forward pass. The released code splits the fused projection of the joint block at its
 first forward pass, from weights that are random until then; here the fused parameter itself is adapted, whose gradient is that of the
@@ -32,7 +33,7 @@ from streamcl.errors import ConfigError
 from streamcl.options import NonNegativeFloat, Optimizer, PositiveFloat
 from streamcl.stream import Batch
 
-from ._bimodal import balance
+from ._bimodal import balance, comparable
 
 FUSED = ("qkv", "in_proj", "c_attn", "Wqkv", "query_key_value")
 SPLIT = (("q", "k", "v"), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"))
@@ -69,7 +70,9 @@ class Read(AdaptingStrategy):
             )
         return {name: value for module_name, module in found for name, value in _projections(module_name, module)}
 
-    def loss(self, batch: Batch, logits: Tensor) -> Tensor:
+    def loss(self, batch: Batch, logits: Tensor) -> Tensor | None:
+        if not comparable(batch, list(batch.inputs)):
+            return None
         probabilities = logits.softmax(dim=1)
         most = logits.log_softmax(dim=1).amax(dim=1)  # (batch,), logarithms
         reliable = (most.exp() * (1 - most + math.log(self.gamma))).mean()

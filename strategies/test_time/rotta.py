@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from streamcl.adapting import AdaptingStrategy, entropy
+from streamcl.adapting import AdaptingStrategy, copied, entropy
 from streamcl.context import Context
 from streamcl.nn.norms import with_values
 from streamcl.options import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -166,10 +166,7 @@ class Rotta(AdaptingStrategy):
         if not self.held.ages or self.samples is None:
             self.count("skipped")
             return
-        if not self.teacher:
-            start = statistics_of(self.layers)
-            self.teacher = {name: value.clone() for name, value in {**super().weights(), **start}.items()}
-            self.student = {name: value.clone() for name, value in start.items()}
+        self.begin_teaching()
         ages = torch.tensor(self.held.ages, device=self.context.device) / self.capacity
         with torch.no_grad(), with_values(self.model, self.teacher), robust(self.layers, self.teacher, self.alpha):
             taught = self.model(self.samples).softmax(dim=1)
@@ -181,6 +178,21 @@ class Rotta(AdaptingStrategy):
         self.step(((-ages).sigmoid() * each).mean())  # exp(-a) / (1 + exp(-a))
         for name, value in super().weights().items():
             self.teacher[name].lerp_(value, self.nu)
+
+    def begin_teaching(self) -> None:
+        if not self.teacher:
+            start = statistics_of(self.layers)
+            self.teacher = {name: value.clone() for name, value in {**super().weights(), **start}.items()}
+            self.student = {name: value.clone() for name, value in start.items()}
+
+    def correct(self, batch: Batch) -> None:
+        """As the template, for the teacher, which answers: its gradient, its step. The student is changed by as much."""
+        self.begin_teaching()
+        before = copied(self.teacher)
+        with with_values(self.model, self.teacher):
+            super().correct(batch)
+        for name, value in self.adapted.items():
+            value.data.add_(self.teacher[name] - before[name])
 
     # -- going back ---------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ blocks are left out (`skip`). The answer is that of the first forward pass.
 `e0` is 0.4 ln C unless given. `e_m` is 0.2 in the paper, for 1000 classes; a sound model of few classes is below that all the time, and
 would be reset at every batch. Unless given it is 0.2 ln C / ln 1000, the same share of the largest entropy (0.067 for ten classes). In
 the released code the running mean survives the reset, so that it is repeated for several batches, and the threshold is a constant
-in the function; here they are as the paper has them. With batch normalisation it runs, and the authors advise against it.
+in the function; here they are as the paper has them. With batch normalisation it runs, and warns: the authors advise against it.
 
 Defaults: SGD at 2.5e-4 with momentum 0.9, as for ResNet-50 with batches of 64 (ViT-B: 1e-3 / 64 per sample; batches of one: twice that).
 
@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from streamcl.adapting import entropy
+from streamcl.context import Context
 from streamcl.options import NonNegativeFloat, Optimizer, PositiveFloat
 from streamcl.strategy import make_optimizer
-from streamcl.stream import Batch
+from streamcl.stream import Batch, StreamInfo
 
 from ._reliable import Shallow, margin
 
@@ -53,6 +54,14 @@ class SAR(Shallow):
         super().__init__(optimizer=optimizer, **options)
         self.e0, self.rho, self.e_m = e0, rho, e_m
         self.e: float | None = None  # the running mean of the entropy that was minimised
+
+    def start(self, info: StreamInfo, context: Context) -> None:
+        super().start(info, context)
+        if self.layers:
+            context.events.warn(
+                "sar: this model has batch normalisation, for which its authors advise against it: small or mixed batches spoil its "
+                "statistics; they have it for layer and group normalisation, and eata or tent do with batches of some size"
+            )
 
     def update(self, batch: Batch) -> Tensor:
         logits = self.model(batch)

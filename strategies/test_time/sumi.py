@@ -20,7 +20,8 @@ Where the released code is different, what it does is an option, or left out wit
 - T is the length of the stream; a stream that is served has none. `horizon` is T in batches, t/T stays 1 after it, and a reset begins anew.
 - gamma_m and Ent0 are ln(1000)/2 - 1 for any number of classes; the paper's 0.4 ln C is the default here.
 - After the warm half it takes the mean weight times the mean entropy instead of the mean of the products (`weights: mean`).
-A sample without some modality has no features and no answer of it: quartiles, shares, u and M are over those that it has.
+A sample without some modality has no features and no answer of it: quartiles, shares, u and M are over those that it has. From a batch in
+which a modality is absent for every sample nothing is learned, nor from a batch of one, of which the balance says nothing; t goes on.
 
 Evidence: small real data
 """
@@ -38,7 +39,7 @@ from streamcl.adapting import AdaptingStrategy, alone, entropy
 from streamcl.options import Fraction, NonNegativeFloat, Optimizer, PositiveInt
 from streamcl.stream import Batch
 
-from ._bimodal import balance, here, several
+from ._bimodal import balance, comparable, here, several
 
 
 class Sumi(AdaptingStrategy):
@@ -86,10 +87,14 @@ class Sumi(AdaptingStrategy):
 
     def update(self, batch: Batch) -> Tensor:
         names = several(batch, "sumi")
+        if not comparable(batch, names):
+            self.count("skipped")
+            self.batches += 1
+            return self.again(batch)
         there = here(batch, names)
-        smooth = self.smooth(batch, there)
         logits = self.model(batch)
-        with torch.set_grad_enabled(self.shares):
+        with self.statistics(gather=False), torch.set_grad_enabled(self.shares):
+            smooth = self.smooth(batch, there)
             single = torch.stack([self.model(alone(batch, name)) for name in names], dim=1)  # (batch, modalities, classes)
         kept = smooth & self.assisted(logits.detach(), single.detach(), there)
         count = int(kept.sum())
@@ -100,7 +105,7 @@ class Sumi(AdaptingStrategy):
         self.count("smooth", int(smooth.sum()))
         self.count("kept", count)
         self.batches += 1
-        return self.forward(batch) if self.answer == "after" else logits.detach()
+        return self.again(batch) if self.answer == "after" else logits.detach()
 
     @torch.no_grad()
     def smooth(self, batch: Batch, there: Tensor) -> Tensor:

@@ -181,7 +181,8 @@ class Gathered:
     def take_in(self, name: str, mean: Tensor, variance: Tensor) -> None:
         """One layer's statistics of the newest batch."""
         for which, value in zip(_BUFFERS[:2], (mean, variance), strict=True):
-            self.values[f"{name}.{which}"].lerp_(value, self.momentum)
+            held = self.values[f"{name}.{which}"]
+            held.lerp_(torch.where(value.isfinite(), value, held).to(held.dtype), self.momentum)  # one such batch would stay for ever
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         for name, value in self.values.items():
@@ -213,4 +214,4 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
     try:
         yield
     finally:
-        exchanged(model, before)
+        exchanged(model, dict(reversed(before.items())))

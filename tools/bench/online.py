@@ -1,6 +1,6 @@
 """What the online loop costs: latency, passes through the model, memory beside it, and a run without end.
 
-    OMP_NUM_THREADS=1 python tools/bench/online.py [--quick] [--batches 20000] [--write FILE] [latency] [passes] [memory] [long]
+    OMP_NUM_THREADS=1 python tools/bench/online.py [--quick] [--batches 40000] [--write FILE] [latency] [passes] [memory] [long]
 
 Without names all parts run. Contenders take turns, forth and back, each with a copy of the model of its own, four batches at a time, so
 that one of the guard's comparisons lies in every turn. A ratio is the median over the turns' ratios, in processor time on one thread, and
@@ -498,11 +498,17 @@ def long(models: Models, options: argparse.Namespace) -> Iterator[str]:
             f"{loop.strategy.counts.get('updates', 0):,} | {sum(told.values())} | {right / size / every:.1%} | {taken:.2f} |"
         )
         right, begun = 0, time.perf_counter()
-    first, last = measured[min(1, len(measured) - 1)], measured[-1]
+    full = loop._answers.maxlen or 0  # answers that wait for their labels: until there are so many they add up, and the heap settles later
+    begin = min(max(1, -(-4 * full // every)), len(measured) - 1)
+    first, last = measured[begin], measured[-1]
     flat = last[0] - first[0] <= max(1.0, 0.005 * first[0]) and last[1] <= first[1] + 4096 and last[2] <= first[2] + 1000
     grown = f"resident memory {last[0] - first[0]:+.2f} MiB, held {last[1] - first[1]:+d} bytes, {last[2] - first[2]:+d} objects"
     yield ""
-    yield f"From the second line to the last: {grown}. {'Flat.' if flat else 'NOT FLAT.'}"
+    if begin == len(measured) - 1:
+        yield f"Too short to tell: more than {4 * full:,} batches are needed."
+        return
+    yield f"From {(begin + 1) * every:,} batches (four times the {full:,} whose answers wait for labels) to the last line: {grown}."
+    yield "Flat." if flat else "NOT FLAT."
 
 
 PARTS: dict[str, Callable[[Models, argparse.Namespace], Iterator[str]]] = {
@@ -520,14 +526,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few repeats: a look, no measurement")
     parser.add_argument("--repeats", type=int, help="turns of each contender (41, quick: 3)")
     parser.add_argument("--seconds", type=float, default=120, help="about as long may one method's passes be repeated")
-    parser.add_argument("--batches", type=int, help="of the part long (20000, quick: 2000)")
+    parser.add_argument("--batches", type=int, help="of the part long (40000, quick: 2000)")
     parser.add_argument("--write", type=Path, help="write what is printed into this file")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}: there are {', '.join(PARTS)}")
     options.repeats = options.repeats or (3 if options.quick else 41)
-    options.batches = options.batches or (2000 if options.quick else 20000)
+    options.batches = options.batches or (2000 if options.quick else 40000)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -537,7 +543,8 @@ def main() -> None:
     page = ["# The online loop: what it costs", "", f"`{command}`, torch {torch.__version__.partition('+')[0]}, {os.cpu_count()} cores."]
     page += ["", how.removeprefix("Without names all parts run. "), ""]
     for part in options.parts or PARTS:
-        page += [f"## {TITLES[part]}", "", told[part][0].upper() + told[part][1:].strip(), ""]
+        text = told[part].strip()
+        page += [f"## {TITLES[part]}", "", text[0].upper() + text[1:], ""]
         print(f"{part}:", flush=True)
         for line in PARTS[part](models, options):
             page.append(line)
