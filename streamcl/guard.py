@@ -100,6 +100,8 @@ class Guard:
     def due(self, number: int, entropy: float) -> bool:
         """Whether this batch is compared: one in `compare`, and each while something is near its limit or the answers, by their mean
         entropy, are not what they were when they were last compared."""
+        if self.bypassing:
+            return number % self.compare == 0
         before = self.figures.get("entropy_last", math.inf)
         changed = abs(entropy - before) > 0.3 * before + CHANGED if math.isfinite(before) else False
         return self.alert or self.prefers_frozen or number % self.compare == 0 or changed

@@ -43,7 +43,7 @@ from streamcl.stream import Batch, Prediction, StreamInfo, asked
 
 Mode = Literal["inline", "shadow"]
 AGAIN = 100  # batches after which a latency budget that adapting exceeds is tried again
-REMEMBERED = 4096  # batches whose answers wait for their labels
+REMEMBERED = 1024  # batches whose answers wait for their labels
 FEEDBACK, FEWEST = 256, 32  # the labelled answers that are compared with the deployed model's: the newest, and not less than
 TOLD = 200  # events that `status` shows
 
@@ -429,7 +429,11 @@ class OnlineLoop:
                 return answered, frozen
             with with_values(self.model, {**strategy.source, **strategy.gathered.values}):
                 return answered, self.model(batch)
-        return answered, strategy.reference(batch) if self._by_batch else frozen
+        if self.guard is not None and self.guard.bypassing:  # then it is R that is served
+            return answered, answered
+        if not self._by_batch:
+            return answered, frozen
+        return answered, strategy.reference(batch) if strategy.adapted else answered
 
     def _further(self, number: int) -> str | None:
         """What the canary, late labels and the distance to the source say."""
