@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from streamcl import config as configuration
 from streamcl import running
 from streamcl.config import RunConfig
-from streamcl.errors import ConfigError, DataError
+from streamcl.errors import ConfigError, DataError, PluginError, StreamclError
 from streamcl.feeding import source_mapping
 from streamcl.learned import Learned
 from streamcl.online_loop import OnlineLoop, online
@@ -48,10 +49,15 @@ def adapt(
             return _answered(what, found, strategy or "tent", overrides, batch, out)
         settings = _composed(Path(what), data, strategy or "tent", overrides, batch)
     else:
+        if data is not None and (Path(what).exists() or "/" in what):
+            there = "holds no run (an exported model can be served, not adapted)" if Path(what).is_dir() else "is not there"
+            raise ConfigError(f"{what} {there}: name the folder of a run")
         if data is not None:
             raise ConfigError(f"{what} is no run, and a configuration names its data itself: leave out {data}, or name a run's folder")
         chosen = [f"strategy={strategy}"] if strategy else []
         settings = running.as_config(what, [*_on(overrides, configuration.load(what)), *chosen, *overrides])
+        if settings.scenario.name != "test_time":
+            raise ConfigError(f"{what} is a stream that is learned ({settings.scenario.name}): streamcl adapt serves test-time streams")
     scores = running.run(settings, out=out)
     return _told(scores)
 
@@ -121,18 +127,26 @@ def _answered(run: str, arrays: dict[str, np.ndarray], strategy: str, overrides:
     learned = running.load(run)
     loop = online(learned, strategy)
     raw = learned.batch(arrays.get("", arrays))
+    if not len(raw):
+        raise DataError("the file holds no sample")
     folder = out or Path("runs") / f"{Path(run).name}-answers"
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} holds something already: name another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["row", "answer", "confidence", "version", "made"])
-    rows.writerows(_rows(learned, loop, raw, size))
+    try:
+        rows.writerows(_rows(learned, loop, raw, size))
+    except StreamclError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginError(f"{where.filename}:{where.lineno}: {type(error).__name__}: {error} (strategy {strategy})") from error
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "answers.csv", text.getvalue())
     write_atomically(folder / "online.json", json.dumps(loop.status(), indent=1))
-    status = loop.status()
-    return f"{len(raw)} answers in {folder / 'answers.csv'}; version {status['version']}, {len(status['events'])} events of the guard"
+    told = "".join(f"\n  after {event['samples']} samples: {event['reason']}" for event in loop.status()["events"][:10])
+    return f"{len(raw)} answers in {folder / 'answers.csv'}, what the loop did in {folder / 'online.json'}; version {loop.version}{told}"
 
 
 def _rows(learned: Learned, loop: OnlineLoop, raw: Batch, size: int) -> Iterator[list[Any]]:

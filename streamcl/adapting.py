@@ -122,8 +122,8 @@ class AdaptingStrategy(Strategy):
         half = next((f"{name} is {str(v.dtype).removeprefix('torch.')}" for name, v in self.adapted.items() if v.dtype.itemsize < 4), None)
         if half is not None:
             raise ConfigError(
-                f"{plugin_name(self)} adapts weights in small steps, which are lost in half precision, and {half}: keep the model in float32 "
-                "and compute in bfloat16 (precision)"
+                f"{plugin_name(self)} adapts weights in small steps, which are lost in half precision, and {half}: keep the model in "
+                "float32 and compute in bfloat16 (precision)"
             )
         self.model.eval().requires_grad_(False)
         for value in self.adapted.values():

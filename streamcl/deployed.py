@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +56,8 @@ class Deployed(nn.Module):
             form, columns = "mapping", {str(name): value for name, value in inputs.items()}
         elif isinstance(inputs, Sequence) and not isinstance(inputs, str):
             form, columns = "sequence", {str(place): value for place, value in enumerate(inputs)}
+        elif isinstance(inputs, np.ndarray):
+            raise DataError("a batch is a tensor, and this is a NumPy array: give torch.from_numpy(batch)")
         else:
             raise DataError(
                 f"a batch is a tensor, a sequence or a mapping of tensors, or a streamcl Batch, and this is a {type(inputs).__name__}"
@@ -63,6 +66,8 @@ class Deployed(nn.Module):
         for name, value in columns.items():
             if isinstance(value, Tensor) and value.dim() == 0:
                 raise DataError(f"{name} is a single number: the first dimension of every input is the batch (pass constants in `forward`)")
+            if isinstance(value, np.ndarray):
+                raise DataError(f"{name} is a NumPy array: give torch.from_numpy of it")
             if not isinstance(value, Tensor | list):
                 raise DataError(f"{name} is a {type(value).__name__}: tensors are needed, or lists (pass constants in `forward`)")
             counts[name] = len(value)
@@ -116,7 +121,7 @@ class Deployed(nn.Module):
         shapes = {name: (tuple(v.shape[1:]), v.dtype) if isinstance(v, Tensor) else None for name, v in batch.inputs.items()}
         try:
             given = self._called(batch)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             unusual = shapes != self.form.taken and "more than 1 value per channel" not in str(error)
             if not unusual or isinstance(error, torch.OutOfMemoryError | ConfigError):
                 raise  # a fault of the module's, or of ours, is not the batch's
@@ -180,4 +185,6 @@ def wrapped(module: nn.Module, forward: Forward | None) -> Model | Deployed:
         raise ConfigError(
             f"the online loop stands around a torch.nn.Module, a model that streamcl.load gave, and this is a {type(module).__name__}"
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ConfigError("a scripted module hides its layers, and none of them can be adapted: give the module that was scripted")
     return Deployed(module, forward)

@@ -30,6 +30,7 @@ is forgotten.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -38,6 +39,7 @@ import torch
 from torch import Tensor
 
 from streamcl.errors import ConfigError
+from streamcl.plugins import near_name
 
 Remedy = Literal["restore", "bypass"]
 CHANGED = 0.05  # nats of mean entropy, beside a third of it: answers that are not what they were
@@ -91,6 +93,15 @@ class Guard:
         self._arrival = _Arrival()
         self._sums: Tensor | None = None
         self._certain: Tensor | None = None  # of the choice of statistics, which has to be quick
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Guard:
+        """From a mapping, as a person writes it."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"guard: there is no {name!r}{near_name(name, known) or '; there are ' + ', '.join(known)}")
+        return cls(**options)
 
     @property
     def serves_frozen(self) -> bool:

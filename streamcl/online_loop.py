@@ -93,6 +93,11 @@ class OnlineLoop:
         remember: int = 0,
         canary: Sequence[Batch] = (),
     ) -> None:
+        if mode not in ("inline", "shadow"):
+            raise ConfigError(f"online: mode is {mode!r}: inline or shadow")
+        for name, number in (("window", window), ("budget", budget), ("remember", remember)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or number < 0):
+                raise ConfigError(f"online: {name} is {number!r}: a number from 0 up is needed")
         if mode == "shadow" and served is None:
             raise ConfigError("shadow mode serves one model while another adapts: streamcl.online makes both")
         if mode == "shadow" and not strategy.changes_weights:
@@ -101,8 +106,8 @@ class OnlineLoop:
             )
         keep = keep if keep is not None else 5 if mode == "shadow" else 1
         for name, number in (("every", every), ("keep", keep), ("promote", promote)):
-            if number < 1:
-                raise ConfigError(f"online: {name} is {number}: 1 or more is needed")
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigError(f"online: {name} is {number!r}: 1 or more is needed")
         self.strategy, self.context, self.mode, self.guard = strategy, strategy.context, mode, guard
         self.model = strategy.model
         self.served: nn.Module = served if served is not None else strategy.model
@@ -356,7 +361,8 @@ class OnlineLoop:
         if made and self.mode == "inline":
             self.newest += 1
             self.version = self.newest
-        self._count("adapted", len(batch))
+        if made:
+            self._count("adapted", len(batch))
         return prediction
 
     def _timed(self, what: str, do: Callable[[Batch], Any], batch: Batch) -> Any:
@@ -554,6 +560,8 @@ class OnlineLoop:
             now = self.version or (self.versions[-1].number + 1 if self.versions else 0)  # 0 may be served for a while
             there = [one for one in self.versions if one.number < now] if version is None else self.versions
             chosen = next((one for one in reversed(there) if version is None or one.number == version), None)
+            if chosen is None and version is None and not self.version and not self.versions:
+                raise ConfigError("there is no version before this one: it is the model as it was deployed")
             if chosen is None and version not in (None, 0):
                 known = ", ".join(str(number) for number in [0, *(one.number for one in self.versions)])
                 raise ConfigError(f"there is no version {version} to go back to; there {'are' if self.versions else 'is'} {known}")
@@ -624,6 +632,8 @@ class OnlineLoop:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Be as when `state` or `snapshot` was called."""
+        if not isinstance(state, Mapping) or not {"version", "weights"} <= state.keys() or not {"strategy", "snapshot"} & state.keys():
+            raise ConfigError("this is no state of an online loop: give what `state` or `snapshot` returned")
         with self._entered():
             fresh = state["strategy"]["now"] if "strategy" in state else state["snapshot"]
             self._check_fit(fresh)
@@ -678,13 +688,18 @@ class OnlineLoop:
 
     # -- labels that come late --------------------------------------------------------------------------------------------------
 
-    def feedback(self, ids: Tensor, targets: Tensor, correct: bool = False) -> dict[str, Any]:
+    def feedback(self, ids: Tensor | Sequence[int], targets: Tensor | Sequence[int], correct: bool = False) -> dict[str, Any]:
         """Labels of samples that were answered, by their ids. They are scored, and compared with the deployed model where the samples are
         still there (`remember`) or were compared anyway; the guard heeds them. With `correct` the model learns from them as well."""
         with self._entered():
             if self.strategy.info.target != "class":
                 raise ConfigError("feedback takes classes, and this model's answers are something else")
-            ids, targets = ids.cpu(), targets.cpu()
+            try:
+                ids, targets = torch.as_tensor(ids).cpu(), torch.as_tensor(targets).cpu()
+            except (TypeError, ValueError, RuntimeError):
+                raise DataError("feedback is one id and one class (a whole number) for each sample") from None
+            if not len(ids):
+                targets = targets.long()
             if ids.dim() != 1 or targets.shape != ids.shape or targets.is_floating_point():
                 raise DataError("feedback is one id and one class (a whole number) for each sample")
             if len(ids) != len(ids.unique()):
@@ -771,6 +786,10 @@ class OnlineLoop:
             raise ConfigError("a canary is watched by the guard, and there is none: set guard")
         with self._entered():
             self.canary = list(canary)
+            count = self._frozen(self.canary[0]).shape[1]
+            for one in self.canary:
+                if one.target is None or bool(((one.target < 0) | (one.target >= count)).any()):
+                    raise DataError(f"the canary holds a class that the model does not have: it has 0 to {count - 1}")
             self.guard.canary_source = self._on_canary(self._frozen)
 
     def refer(self, batches: Sequence[Batch]) -> None:
@@ -958,7 +977,7 @@ def online(
                 if id(value) in own:
                     module._parameters[name] = own[id(value)]
         method.start(info, context)
-    watch = guard if isinstance(guard, Guard) else Guard(**guard) if isinstance(guard, Mapping) else Guard() if guard else None
+    watch = guard if isinstance(guard, Guard) else Guard.of(guard) if isinstance(guard, Mapping) else Guard() if guard else None
     loop = OnlineLoop(
         method,
         served=served,
@@ -974,9 +993,9 @@ def online(
     )
     loop.flags = flags
     if canary is not None:
-        loop.watch([prepare(inputs).replace(target=_classes(classes, device)) for inputs, classes in canary])
+        loop.watch(_labelled(canary, prepare, device, "canary"))
     if references is not None:
-        loop.refer([prepare(inputs).replace(target=_classes(classes, device)) for inputs, classes in references])
+        loop.refer(_labelled(references, prepare, device, "references"))
     elif method.needs_references:
         raise ConfigError(f"{plugin_name(method)} needs labelled samples for {method.needs_references}: give `references`")
     if calibrate is not None:
@@ -1011,8 +1030,14 @@ def _check_finite(batch: Batch) -> None:
             )
 
 
-def _classes(values: Any, device: torch.device) -> Tensor:
-    classes = torch.as_tensor(values)
-    if classes.dim() != 1 or classes.is_floating_point():
-        raise DataError("a canary is (inputs, classes) with one whole number for each sample")
-    return classes.to(device)
+def _labelled(pairs: Iterable[Any], prepare: Callable[[Any], Batch], device: torch.device, what: str) -> list[Batch]:
+    """Batches of (inputs, classes), prepared."""
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise DataError(f"{what} is a list of batches (inputs, classes), and holds a {type(pair).__name__}")
+        batch, classes = prepare(pair[0]), torch.as_tensor(pair[1])
+        if classes.dim() != 1 or classes.is_floating_point() or len(classes) != len(batch):
+            raise DataError(f"{what} is a list of batches (inputs, classes), with one whole number for each sample")
+        found.append(batch.replace(target=classes.to(device)))
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,6 +164,7 @@ def test_it_works_where_gradients_are_switched_off_outside_and_the_model_was_lef
         ({"x": torch.randn(2, 3, 6, 6)}, "were given as a tensor, and this one as a mapping"),
         ("a text", "a batch is a tensor, a sequence or a mapping"),
         (torch.tensor(3.0), "is a single number"),
+        (np.zeros((4, 3, 6, 6), np.float32), "a NumPy array: give torch.from_numpy"),
         (torch.randn(4, 5, 6, 6), r"the module cannot take this batch \(input 4 x 5 x 6 x 6 float32\): "),
         (torch.zeros(4, 3, 6, 6, dtype=torch.int64), r"the module cannot take this batch \(input 4 x 3 x 6 x 6 int64\): "),
     ],
@@ -203,6 +205,15 @@ def test_inputs_of_different_lengths_are_refused() -> None:
         streamcl.online(Two(), "tent")({"left": torch.randn(3, 5), "right": torch.randn(4, 5)})
 
 
+def test_what_is_no_state_is_refused_and_there_is_nothing_before_the_deployed_model() -> None:
+    loop = streamcl.online(network(), "tent")
+    for wrong in ({"a": 1}, None):
+        with pytest.raises(ConfigError, match="this is no state of an online loop"):
+            loop.restore(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="there is no version before this one"):
+        loop.rollback()
+
+
 def test_a_state_of_another_method_or_model_is_refused_before_anything_is_touched() -> None:
     tent, sar = streamcl.online(network(), "tent"), streamcl.online(network(norm="group"), "sar")
     tent(pictures(16))
@@ -228,6 +239,13 @@ def test_a_state_of_another_method_or_model_is_refused_before_anything_is_touche
             "watched by the guard, and there is none",
         ),
         (network(), {"calibrate": []}, "there is no batch in it"),
+        (network(), {"mode": "shadw"}, "mode is 'shadw': inline or shadow"),
+        (network(), {"window": "32"}, "window is '32': a number from 0 up"),
+        (network(), {"budget": -1}, "budget is -1"),
+        (network(), {"guard": {"compar": 8}}, "there is no 'compar': did you mean 'compare'"),
+        (network(), {"canary": [pictures(4)]}, "canary is a list of batches .inputs, classes., and holds a Tensor"),
+        (network(), {"canary": [(pictures(4), [0, 1, 2, 77])]}, "holds a class that the model does not have: it has 0 to 3"),
+        (torch.jit.trace(network(), pictures(2)), {}, "a scripted module hides its layers"),
         (network(), {"target": "value"}, "tent adapts models that answer with class, and this one answers with value"),
         (network(norm="group").to(torch.bfloat16), {}, "steps, which are lost in half precision, and module.1.weight is bfloat16"),
     ],
