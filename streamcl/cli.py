@@ -162,6 +162,9 @@ def serve(
     follow: Annotated[
         Path | None, typer.Option("--follow", metavar="FOLDER", help="Adapt nothing, and serve the versions that are published there.")
     ] = None,
+    remember: Annotated[
+        int, typer.Option("--remember", min=0, help="Samples kept in memory, on which labels that come late are compared; 0 for none.")
+    ] = 256,
     inputs: Annotated[int, typer.Option("--inputs", min=0, max=100, help="Requests whose inputs are kept in memory for the page.")] = 0,
     body: Annotated[int, typer.Option("--body", min=1024, help="Bytes that a request may have.")] = 8 << 20,
     most: Annotated[int, typer.Option("--most", min=1, help="Samples that a request may have.")] = 512,
@@ -188,6 +191,7 @@ def serve(
             tokens=tokens,
             publish=publish,
             follow=follow,
+            remember=remember,
             inputs=inputs,
             threads=threads,
             device=device,

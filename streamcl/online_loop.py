@@ -248,7 +248,7 @@ class OnlineLoop:
             unknown = torch.full_like(decided, -1)
             theirs = unknown if passed.frozen is None else passed.frozen.argmax(dim=1)
             self._answers.append((batch.ids, decided, theirs, unknown if passed.decided is None else passed.decided))
-            if self.remember:
+            if self.remember and bool((batch.ids >= 0).any()):  # a sample without an id gets no label
                 self._waiting.append(batch)
                 self._waits += len(batch)
                 while self._waits - len(self._waiting[0]) >= self.remember:
@@ -840,7 +840,7 @@ class OnlineLoop:
             else {
                 "bypassing": guard.bypassing,
                 "resumes_at": guard.until,
-                "prefers_frozen": guard.prefers_frozen,
+                "prefers_frozen": guard.serves_frozen,
                 "strikes": guard.struck,
                 "cooling": self.cooling,
                 **{name: round(value, 5) for name, value in guard.figures.items()},

@@ -13,6 +13,7 @@ import time
 import wave
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from PIL import Image
 from served_runs import ALTER, ASK, CHANGE, PREDICT, as_json, b64, copied, digits, digits_run, npy, served
 
 import streamcl
+import streamcl.running
+import streamcl.serving
 from streamcl import feeding
 from streamcl.errors import ConfigError, RunError
 from streamcl.online_loop import online
@@ -75,7 +78,7 @@ def test_what_is_predicted_is_what_the_run_has_learned_and_nothing_is_learned_fr
     found, learned = answer.json(), streamcl.load(trained)
     assert found["predictions"] == learned.predict(images)
     assert torch.allclose(torch.tensor(found["scores"]), learned.scores(images), atol=1e-5)
-    assert found["version"] == 0 and found["made"] == "before" and "ids" not in found
+    assert found["version"] == 0 and not {"made", "ids"} & found.keys() and found["classes"] == learned.classes
     assert len(found["confidences"]) == 20 and all(0 < one <= 1 for one in found["confidences"])
     status = client.get("/status", headers=ASK).json()
     assert status["server"]["acknowledged"] == 0 and status["batches"] == 0
@@ -172,6 +175,8 @@ BAD = {
     "a picture too large": (json.dumps({"inputs": {"images": [b64(png(9, 9))]}}), 422, "9 x 9"),
     "too many": (json.dumps({"inputs": [[[[0] * 8] * 8]] * 65}), 413, "at most 64"),
     "too long": (json.dumps({"inputs": [0] * 60_000}), 413, "100000 bytes"),
+    "ids of their own": (json.dumps(as_json(IMAGES, ids=[5, 6])), 422, "'ids', and only inputs, present may be in it: the server"),
+    "an unknown key": (json.dumps(as_json(IMAGES, labels=["1", "2"])), 422, "'labels'"),
     "masks that are none": (json.dumps(as_json(IMAGES, present={"image": [1, 2]})), 422, "present"),
     "words in an array": (npy(np.array(["a"])), 422, "must be numbers"),
     "objects": (b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }" + b" " * 60 + b"\n", 422, "npy"),
@@ -193,6 +198,22 @@ def test_bad_input_gets_one_sentence_and_the_model_is_untouched(client, path, na
     why = answer.json()["error"]
     assert sentence in why and "\n" not in why and len(why) < 400, why
     assert client.service.journal.samples == 0 and client.service.loop.batches == 0
+
+
+def test_an_unknown_field_of_a_form_is_named_before_its_content_is_looked_at(client):
+    for path in ("/predict", "/feed"):
+        answer = client.post(path, files=[("foto", ("a.png", png(8, 8)))], headers=ALTER)
+        assert answer.status_code == 422 and answer.json()["error"] == "there is no modality 'foto': this model takes image"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/feedback", {"ids": [0], "labels": ["1"], "correct": True}), ("/rollback", {"versoin": 1}), ("/promote", {"version": 3})],
+)
+def test_unknown_keys_of_orders_are_refused_by_name(client, path, body):
+    answer = client.post(path, json=body, headers=ALTER)
+    assert answer.status_code == 422 and repr(list(body)[-1]) in answer.json()["error"]
+    assert client.service.journal.last == 0
 
 
 @pytest.mark.parametrize(
@@ -338,15 +359,42 @@ def test_labels_that_come_late_are_scored(run):
         told = client.post("/feedback", json={"ids": answer["ids"], "labels": labels}, headers=ALTER).json()
         right = sum(a == b for a, b in zip(answer["predictions"], labels, strict=True))
         assert told["labelled"] == 50 and told["right"] == right
+        assert told["compared"] == 50 and told["recent_accuracy_frozen"] == right / 50, "version 0 answered, which is the deployed model"
+        again = client.post("/feedback", json={"ids": answer["ids"], "labels": labels}, headers=ALTER).json()
+        assert again["labelled"] == again["compared"] == 50, "a label counts once"
         for bad in (
             {"ids": [0]},
             {"ids": [], "labels": []},
             {"ids": [50], "labels": ["1"]},
             {"ids": [0], "labels": ["cat"]},
             {"ids": ["0"], "labels": ["1"]},
+            {"ids": [1, 1], "labels": ["1", "2"]},
         ):
             refused = client.post("/feedback", json=bad, headers=ALTER)
             assert refused.status_code == 422 and refused.json()["error"]
+
+
+def test_without_samples_that_are_kept_labels_are_scored_and_not_compared(run):
+    with served(run, remember=0) as client:
+        answer = client.post("/adapt", json=as_json(digits(3)), headers=ALTER).json()
+        told = client.post("/feedback", json={"ids": answer["ids"], "labels": ["0", "1", "2"]}, headers=ALTER).json()
+        assert told["labelled"] == 3 and told["compared"] == 0
+
+
+@pytest.mark.parametrize("mode", ["shadow", "inline"])
+def test_after_a_kill_what_was_taken_in_counts_as_answered(run, tmp_path, mode):
+    with served(run, mode=mode) as client:
+        for k in range(2):
+            client.post("/adapt", json=as_json(digits(64, 64 * k)), headers=ALTER)
+        learned_all(client)
+        client.service.save()
+        client.post("/adapt", json=as_json(digits(64, 128)), headers=ALTER)
+        learned_all(client)
+        killed = copied(run, tmp_path / "killed")  # as the disk is now
+    with served(killed, mode=mode) as client:
+        learned_all(client)
+        status = client.get("/status", headers=ASK).json()
+        assert client.service.replayed == 1 and status["samples"] == status["server"]["acknowledged"] == status["server"]["learned"] == 192
 
 
 def test_a_version_is_promoted_and_gone_back_from(run):
@@ -481,6 +529,21 @@ def test_labelled_samples_wait_on_disk_until_the_run_is_fed(run):
         assert client.post("/predict", json=as_json(digits(4)), headers=ASK).status_code == 200
 
 
+def test_a_run_on_a_test_time_stream_is_not_fed(run, monkeypatch):
+    before = streamcl.running.load
+
+    def at_test_time(*given):
+        learned = before(*given)
+        learned.info = replace(learned.info, test_time=True)
+        return learned
+
+    monkeypatch.setattr(streamcl.running, "load", at_test_time)
+    with served(run) as client:
+        refused = client.post("/feed", json=as_json(digits(2), labels=["1", "2"]), headers=ALTER)
+        assert refused.status_code == 409 and "test-time stream" in refused.json()["error"]
+        assert "feed" not in client.get("/status", headers=ASK).json() and not (run / "served" / "deliveries").exists()
+
+
 @pytest.mark.parametrize("labels", [None, [], ["1"], ["1", ""], ["1", True], ["1", ["2"]], "12", {"a": 1}])
 def test_labels_that_do_not_fit_are_refused(client, labels):
     answer = client.post("/feed", json=as_json(digits(2), labels=labels), headers=ALTER)
@@ -522,6 +585,22 @@ def test_prometheus_finds_figures(run):
     ):
         assert line in found.text, line
     assert re.search(r"^streamcl_entropy \d", found.text, re.MULTILINE)
+
+
+def test_the_page_reads_only_what_the_status_has(run):
+    page = (Path(streamcl.serving.__file__).parent / "page.html").read_text()
+    with served(run) as client:
+        client.post("/adapt", json=as_json(digits(64)), headers=ALTER)
+        learned_all(client)
+        client.post("/feed", json=as_json(digits(2), labels=["1", "2"]), headers=ALTER)
+        time.sleep(0.3)
+        status = client.get("/status", headers=ASK).json()
+    status["counts"].setdefault("skipped", 0)  # of the methods that choose their samples
+    reads = {"status": status, **{name: status[name] for name in ("counts", "guard", "feedback", "server")}}
+    for what, there in reads.items():
+        names = set(re.findall(rf"(?<![.\w]){what}\.(\w+)", page))
+        assert names and names <= there.keys(), (what, names - there.keys())
+    assert {"disagreement", "bypassing", "resumes_at", "prefers_frozen", "strikes", "cooling"} <= status["guard"].keys()
 
 
 def test_inputs_are_kept_only_where_asked_for(run, client):

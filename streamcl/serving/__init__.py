@@ -34,6 +34,7 @@ class Settings:
     """How a run is served. `strategy` is the run's own by default, where that adapts, else Tent; `mode` is shadow where it can be.
 
     `follow` names the folder that another server of the same run publishes into (`publish`): then this one adapts nothing by itself.
+    `remember` of the newest samples are kept in memory, so that labels that come late are compared with the deployed model's answers too.
     `inputs` of the newest requests are kept in memory for the page; by default none.
     """
 
@@ -47,7 +48,7 @@ class Settings:
     budget: float | None = None
     keep: int = 5
     promote: int = 8
-    remember: int = 0
+    remember: int = 256
     publish: Path | None = None
     follow: Path | None = None
     tokens: Path | None = None
@@ -100,7 +101,7 @@ def application(run: Path, settings: Settings) -> tuple[FastAPI, dict[str, str]]
     except BaseException:
         service.release()
         raise
-    feeds = settings.follow is None and not exporting.is_export(run)
+    feeds = settings.follow is None and not exporting.is_export(run) and not service.learned.info.test_time
     return http.make_app(service, known, Deliveries(run, folder / "deliveries", service.learned) if feeds else None), drawn
 
 

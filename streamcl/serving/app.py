@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class Server:
         return self._told(await self.service.ask(batch, adapts=False, gone=request.is_disconnected), request)
 
     async def adapt(self, request: Request) -> dict[str, Any]:
+        self.service.check_writable()
         key = request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= LONGEST_KEY:
             raise Refused(422, f"an Idempotency-Key has 1 to {LONGEST_KEY} characters")
@@ -80,11 +82,13 @@ class Server:
         return self._told(await self.service.ask(batch, adapts=True, key=key, gone=request.is_disconnected), request)
 
     async def feed(self, request: Request) -> dict[str, Any]:
+        if self.service.learned.info.test_time:
+            raise Refused(409, "this run serves a test-time stream and learns from no labels: nothing can be fed to it")
         if self.deliveries is None:
             raise Refused(
                 409, "only a run can be fed, and by the server that adapts: this one serves an exported model, or follows another"
             )
-        body = await self._body(request)
+        body = await self._body(request, labels=True)
         labels = body.other.get("labels")
         if not isinstance(labels, list):
             raise Refused(422, "labels are missing: one for each sample")
@@ -92,7 +96,8 @@ class Server:
         return await asyncio.to_thread(self.deliveries.add, batch, labels)
 
     async def feedback(self, request: Request) -> dict[str, Any]:
-        given = json_object(await self._read(request))
+        self.service.check_writable()
+        given = json_object(await self._read(request), ("ids", "labels"))
         ids, labels = given.get("ids"), given.get("labels")
         if not isinstance(ids, list) or not isinstance(labels, list) or len(ids) != len(labels) or not ids:
             raise Refused(422, 'give {"ids": [...], "labels": [...]}, a label for each id that /adapt has answered with')
@@ -104,6 +109,8 @@ class Server:
         taken_in = 0 if self.service.journal is None else self.service.journal.next
         if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < taken_in for one in ids):
             raise Refused(422, f"ids must be those that /adapt has answered with: whole numbers from 0 to below {taken_in}")
+        if len(set(ids)) != len(ids):
+            raise Refused(422, "an id came twice: give each sample one label")
         numbers = {name: number for number, name in enumerate(learned.classes)}
         unknown = [label for label in labels if not isinstance(label, (str, int)) or str(label) not in numbers]
         if unknown:
@@ -111,12 +118,16 @@ class Server:
         return await self._ordered("feedback", {"ids": ids, "targets": [numbers[str(label)] for label in labels]})
 
     async def promote(self, request: Request) -> dict[str, Any]:
-        await self._read(request)
+        self.service.check_writable()
+        content = await self._read(request)
+        if content.strip():
+            json_object(content, ())
         return await self._ordered("promote", {})
 
     async def rollback(self, request: Request) -> dict[str, Any]:
+        self.service.check_writable()
         content = await self._read(request)
-        version = json_object(content).get("version") if content.strip() else None
+        version = json_object(content, ("version",)).get("version") if content.strip() else None
         if version is not None and (not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**53):
             raise Refused(422, 'version must be the number of one: {"version": 3}, or nothing for the one before')
         return await self._ordered("rollback", {"version": version})
@@ -187,15 +198,15 @@ class Server:
     async def _batch(self, request: Request) -> Batch:
         return self.decoder.batch(await self._body(request))
 
-    async def _body(self, request: Request) -> Body:
-        """The decoded body, by its type."""
+    async def _body(self, request: Request, labels: bool = False) -> Body:
+        """The decoded body, by its type; with `labels` where those may come along."""
         kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         if kind not in (JSON, FORM, *NUMPY):
             raise Refused(415, f"send {JSON}, {FORM} or {', '.join(NUMPY)}")
         content = await self._read(request)
         if kind == FORM:
-            return self.decoder.form(await self._parts(request, content))
-        parse = self.decoder.json if kind == JSON else self.decoder.numpy
+            return self.decoder.form(await self._parts(request, content), labels)
+        parse = partial(self.decoder.json, labels=labels) if kind == JSON else self.decoder.numpy
         return await asyncio.to_thread(parse, content) if len(content) > LARGE else parse(content)
 
     async def _read(self, request: Request) -> bytes:
@@ -252,15 +263,17 @@ class Server:
             "predictions": answer.predictions,
             "version": answer.version,
             "model": self.service.model,
-            "made": answer.made,
         }
         if answer.confidences is not None:
             found["confidences"] = [rounded(value) for value in answer.confidences]
         if answer.first is not None:
             found["ids"] = list(range(answer.first, answer.first + len(answer.predictions)))
             found["adapted"] = not answer.again
+            found["made"] = answer.made
         if request.query_params.get("scores", "").lower() in ("true", "1") and answer.scores is not None:
             found["scores"] = [[rounded(value) for value in row] for row in answer.scores.reshape(len(answer.predictions), -1).tolist()]
+            if self.service.learned.classes:
+                found["classes"] = list(self.service.learned.classes)
         return found
 
     async def _ordered(self, kind: Any, about: dict[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _promote(learned: Learned, limits: Limits) -> Described:
 
 
 def _rollback(learned: Learned, limits: Limits) -> Described:
-    given = {"type": "object", "properties": {"version": {"type": ["integer", "null"], "minimum": 0}}}
+    given = {"type": "object", "properties": {"version": {"type": ["integer", "null"], "minimum": 0}}, "additionalProperties": False}
     extra = {"requestBody": {**_body(given, {"version": 0}), "required": False}}
     return "Serve an earlier version, by default the one before.", (*BODY, 409, 507), _json(_object({"version": COUNT})), extra
 
@@ -179,7 +179,8 @@ def body(learned: Learned, labels: bool = False) -> dict[str, Any]:
         given["labels"] = {"type": "array", "items": one, "minItems": 1}
         example["labels"] = [label]
         form["labels"] = {"type": "array", "items": TEXT}
-    schema = {"type": "object", "required": [name for name in given if name != "present"], "properties": given}
+    needed = [name for name in given if name != "present"]
+    schema = {"type": "object", "required": needed, "properties": given, "additionalProperties": False}
     content: dict[str, Any] = {
         "application/json": {"schema": schema, "examples": {"one sample": {"value": example}}},
         "multipart/form-data": {"schema": {"type": "object", "properties": form}},
@@ -233,18 +234,19 @@ def _answer(learned: Learned, adapts: bool = False) -> dict[str, Any]:
         "predictions": {"type": "array", "items": prediction},
         "version": {**COUNT, "description": "of the model that answered; 0 is the model as it was deployed"},
         "model": {**TEXT, "description": "which model the versions are of"},
-        "made": {
+    }
+    required = [*properties, *(("ids", "adapted", "made") if adapts else ())]
+    if adapts:
+        properties["made"] = {
             "type": "string",
             "enum": ["before", "after"],
             "description": "whether it was made before or after an update on this batch",
-        },
-    }
-    required = [*properties, *(("ids", "adapted") if adapts else ())]
-    if adapts:
+        }
         properties["ids"] = {"type": "array", "items": COUNT, "description": "for /feedback"}
         properties["adapted"] = {"type": "boolean", "description": "false where it was sent again under its key"}
     properties["confidences"] = {"type": "array", "items": number}
     properties["scores"] = {"type": "array", "items": {"type": "array", "items": number}}
+    properties["classes"] = {"type": "array", "items": TEXT, "description": "whose scores they are, in their order"}
     return {"type": "object", "required": required, "properties": properties}
 
 

@@ -67,9 +67,9 @@ class Decoder:
             name: modality for name, modality in learned.info.modalities.items() if not learned.info.asks or name in learned.info.asks
         }
 
-    def json(self, content: bytes) -> Body:
+    def json(self, content: bytes, labels: bool = False) -> Body:
         """`{"inputs": ...}`: a mapping of modalities, or the values of the one that there is."""
-        body = json_object(content)
+        body = json_object(content, ("inputs", "present", "labels") if labels else ("inputs", "present"))
         if "inputs" not in body:
             raise Refused(422, 'the body holds no inputs: give {"inputs": ...}')
         given = body.pop("inputs")
@@ -85,12 +85,14 @@ class Decoder:
             return Body(dict(unzipped(content, self._bytes())))
         return Body({self._only(): array_of(content, "the body")})
 
-    def form(self, parts: Sequence[Uploaded]) -> Body:
+    def form(self, parts: Sequence[Uploaded], labels: bool = False) -> Body:
         """Files and texts, each under the name of its modality; several of one name are several samples."""
         body = Body()
         values: dict[str, list[Any]] = {}
         for part in parts:
             modality = self.modalities.get(part.field)
+            if modality is None and part.field != "present" and not (labels and part.field == "labels"):
+                raise self._unknown(part.field)
             if modality is None:
                 body.other.setdefault(part.field, []).append(_utf8(part.content, part.field))
             elif part.content[:6] == b"\x93NUMPY":
@@ -163,6 +165,9 @@ class Decoder:
             raise Refused(422, f"this model takes {' and '.join(self.modalities)}: give a mapping of them")
         return next(iter(self.modalities))
 
+    def _unknown(self, name: str) -> Refused:
+        return Refused(422, f"there is no modality {name[:80]!r}: this model takes {' and '.join(self.modalities)}")
+
     def _bytes(self) -> int:
         """What the largest batch takes when it is unpacked, twice over: integers may come as 64 bits."""
         return 2 * 8 * self.most * sum(math.prod(modality.shape) or 1 for modality in self.modalities.values()) + (1 << 16)
@@ -183,7 +188,7 @@ class Decoder:
         """The values of one modality as JSON holds them, for all samples."""
         modality = self.modalities.get(name)
         if modality is None:
-            raise Refused(422, f"there is no modality {name!r}: this model takes {' and '.join(self.modalities)}")
+            raise self._unknown(name)
         if isinstance(value, dict):
             if len(value) != 1 or next(iter(value)) not in ENCODED:
                 raise Refused(422, f"{name} must be a list, or hold one of {', '.join(ENCODED)}")
@@ -211,8 +216,8 @@ class Decoder:
         raise Refused(422, f"{name} is {modality.kind}: send it as numbers, or as an .npy file")
 
 
-def json_object(content: bytes) -> dict[str, Any]:
-    """A body that is one JSON object."""
+def json_object(content: bytes, known: Sequence[str] | None = None) -> dict[str, Any]:
+    """A body that is one JSON object, and holds nothing but what is `known`."""
 
     def nowhere(constant: str) -> Any:
         raise Refused(422, f"the body holds {constant}: numbers must be finite")
@@ -224,6 +229,11 @@ def json_object(content: bytes) -> dict[str, Any]:
         raise Refused(400, f"the body is no JSON: {what}") from None
     if not isinstance(found, dict):
         raise Refused(422, 'the body must be a JSON object such as {"inputs": ...}')
+    strange = next((name for name in found if known is not None and name not in known), None)
+    if strange is not None:
+        why = ": the server numbers samples, and tells the ids in its answer" if strange == "ids" else ""
+        what = ", ".join(known or ()) or "nothing"
+        raise Refused(422, f"the body holds {strange[:80]!r}, and only {what} may be in it{why}")
     return found
 
 

@@ -165,6 +165,8 @@ class Service:
                 self.loop.restore(state["loop"])
             else:
                 self._happened("begun anew", "the run's model or the strategy is another than the state on disk was made with")
+        if not self.inline:  # what was taken in since was answered, and is only learned again; inline it is answered again as well
+            self.loop.samples += max(0, self.journal.samples - (0 if state is None else int(state["samples"])))
         self._cursors = deque([self.cursor], maxlen=STATES)
         self._saved = (self.cursor, time.monotonic())
         self.next = self.journal.next  # the id of the next sample that is to be learned from
@@ -246,7 +248,7 @@ class Service:
             raise Refused(503, f"{self.queued} samples wait to be answered (--queue): ask again in a moment", RETRY)
         first = None
         if adapts:
-            self._check_writable()
+            self.check_writable()
             if key is not None:
                 if key in self._keys:
                     raise Refused(409, "a request with this Idempotency-Key is being answered: ask again in a moment", RETRY)
@@ -289,7 +291,7 @@ class Service:
 
     async def order(self, kind: Order, about: dict[str, Any]) -> Any:
         """Have something done to the model, in its turn, and return what came of it; None where that takes longer than a request may."""
-        self._check_writable()
+        self.check_writable()
         if self.closing:
             raise Refused(503, "the server is stopping: ask again in a moment", RETRY)
         journal, loop = self.journal, asyncio.get_running_loop()
@@ -312,7 +314,8 @@ class Service:
         except TimeoutError:
             return None
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raise Refused where another server adapts."""
         if self.follower is not None:
             raise Refused(409, f"this replica follows {self.follower.folder}: ask the one that adapts")
 
