@@ -27,12 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamcl import __version__
+from streamcl.adapting import AdaptingStrategy
 from streamcl.config import RunConfig, plugin_spec
 from streamcl.contracts import Memory
 from streamcl.errors import DataError, PluginError, RunError
 from streamcl.evaluation import Evaluation
 from streamcl.learned import Learned, described, info_from, plain_info, precision_on, undisturbed
 from streamcl.nn.model import GrowingHead
+from streamcl.nn.norms import with_values
 from streamcl.plugins import PluginSpec
 from streamcl.processes import Processes
 from streamcl.run_folder import RunFolder
@@ -83,7 +85,9 @@ def _write(learned: Learned, settings: RunConfig, made_of: dict[str, Any], folde
     backbone, strategy = learned.model.backbone, learned.strategy
     made_of["backbone"] |= backbone.save(folder)
     own_format = (folder / "config.json").is_file()
-    tensors = learned.model.state_dict()
+    answering = strategy.weights() if isinstance(strategy, AdaptingStrategy) else {}  # a teacher's, perhaps
+    with with_values(learned.model, answering):
+        tensors = {name: value.clone() for name, value in learned.model.state_dict().items()}
     if own_format:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("backbone.")}
     _save(tensors, folder / ("head.safetensors" if own_format else "model.safetensors"))

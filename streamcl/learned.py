@@ -50,6 +50,8 @@ class Learned:
         if weights is not None:
             backbone.load_state_dict(weights)
         self.model = Model(backbone).to(device).eval()
+        if info.test_time:  # it came with its head, which some methods adapt
+            self.model.head.resize(len(classes))
         self.model.remember()
         self.transforms = backbone.transforms() if transforms is None else transforms
         preparation = Preparation(info, self.transforms)

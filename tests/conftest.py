@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from hypothesis import settings  # noqa: E402  (the environment is set before anything imports torch)
+from hypothesis import settings
 
 settings.register_profile("streamcl", deadline=None)  # a busy machine is no fault of an example
 settings.load_profile("streamcl")

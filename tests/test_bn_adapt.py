@@ -9,7 +9,7 @@ import torch
 from test_tent import batch, convolutions, goes_back_exactly, pictures, started
 from torch import Tensor, nn
 
-from streamcl.errors import ConfigError
+from streamcl.errors import ConfigError, DataError
 from streamcl.nn.norms import Gathered, batch_norms, moments
 from streamcl.stream import Batch
 
