@@ -284,6 +284,8 @@ class OnlineLoop:
         if learn and not resting and self._affordable(len(batch)):
             prediction = self._adapted(batch)
             prediction.version = version if prediction.made == "before" else self.version
+        elif guard is not None and guard.bypassing and guard.serves_frozen and not guard.due(number, math.nan):
+            return self._by_frozen(batch)
         elif guard is not None and guard.bypassing:
             prediction = self._made(self.strategy.reference(batch), 0)
         else:

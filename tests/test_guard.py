@@ -181,6 +181,18 @@ def test_late_labels_bring_it_back_as_well(deployed: Any) -> None:
     assert any(event["what"] == "restore" and event["reason"].startswith("feedback: ") for event in events)
 
 
+def test_while_adapting_is_stopped_by_labels_every_answer_is_the_deployed_models(deployed: Any) -> None:
+    model, x, _y = deployed
+    loop = streamcl.online(model, "tent", guard={"strikes": 1, "retry": None})
+    loop(x[:32])
+    loop._strike("feedback: made up", 1)
+    assert loop.guard is not None and loop.guard.bypassing and loop.guard.serves_frozen
+    for start in range(0, 320, 32):
+        part = x[start : start + 32] * 0.5 + 0.3
+        assert torch.equal(loop(part).scores, loop.frozen(part).scores)
+        assert torch.equal(loop.predict(part).scores, loop.frozen(part).scores)
+
+
 def test_with_calibration_data_the_distance_to_the_source_has_a_limit_in_nats(deployed: Any) -> None:
     model, x, _y = deployed
     loop = streamcl.online(
