@@ -10,16 +10,12 @@ import pytest
 import torch
 from streamcl.strategies.test_time.sumi import Sumi, inside, sharing
 from test_joint_transformer import NAMES, around, assert_exact, changed, deployed, served, weights
-from torch import Tensor, nn
+from torch import Tensor
+from toy_shadow import shadow, statistics_of_one_pass
 
 from streamcl.adapting import alone, entropy
-from streamcl.context import Context
-from streamcl.deployed import Deployed
 from streamcl.errors import ConfigError
-from streamcl.events import Events
 from streamcl.nn.norms import Gathered
-from streamcl.preparing import Preparation
-from streamcl.stream import Modality, StreamInfo
 
 LR = {"name": "adam", "lr": 1e-2}
 EVERY: dict[str, Any] = {"gamma_m": 100.0, "gamma_u": 0.0, "inside": 0.0, "cap": 0.0}  # every sample is kept
@@ -263,39 +259,6 @@ def test_it_stands_around_any_network_that_tells_its_modalities_apart() -> None:
     before = weights(strategy)
     assert strategy.adapt(given).scores.shape == (24, 3) and strategy.counts == {"updates": 1, "smooth": 24, "kept": 24}
     assert changed(strategy, before) == set(strategy.adapted)
-
-
-class Normed(nn.Module):
-    """A network over two vectors, each with a batch normalisation of its own, that tells what it makes of them."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right = nn.Linear(5, 8), nn.Linear(7, 8)
-        self.layers = nn.ModuleList([nn.BatchNorm1d(8), nn.BatchNorm1d(8)])
-        self.drop, self.head = nn.Dropout(0.3), nn.Linear(16, outputs)
-
-    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        apart = {"left": self.layers[0](self.left(left)), "right": self.layers[1](self.right(right))}
-        return self.head(self.drop(torch.cat(list(apart.values()), dim=1)).relu()), apart
-
-
-def shadow(strategy: Any, target: str = "class") -> Any:
-    """The strategy around that network, as it gathers statistics beside what is served; and batches of 24 for it."""
-    model = Deployed(Normed(1 if target == "value" else 3), lambda module, inputs: module(**inputs))
-    info = StreamInfo({"left": Modality("vector", (5,)), "right": Modality("vector", (7,))}, target=target, test_time=True)
-    strategy.start(info, Context(model, None, Events(), Preparation(info, {})))  # type: ignore[arg-type]
-    strategy.gathered = Gathered(strategy.layers)
-    draw = torch.Generator().manual_seed(0)
-    return strategy, model.batch({"left": torch.randn(24, 5, generator=draw) + 3, "right": torch.randn(24, 7, generator=draw) - 2})
-
-
-def statistics_of_one_pass(strategy: Any, batch: Any) -> dict[str, Tensor]:
-    """What the layers of the source would have gathered of the batch and of nothing else."""
-    fresh = Gathered(strategy.layers)
-    with torch.no_grad(), fresh.gathering():
-        strategy.model(batch)
-    return fresh.values
 
 
 @pytest.mark.parametrize("answer", ["before", "after"])

@@ -40,9 +40,9 @@ from ._augmenting import Pixels, on_device, strong
 
 
 class Cotta(AdaptingStrategy):
-    """`views` are averaged where the source is surer than `p_th` of fewer; `m` is how much the teacher keeps, `r` the share of weights that
-    go back to the source; `symmetric` is the loss for ImageNet. Views are mirrored with probability `flip`; `mean` and `std` are what
-    images were normalised by, where the stream's preparation does not say it."""
+    """The teacher's answers to `views` are averaged where the source's mean confidence is below `p_th`; `m` is how much the teacher keeps,
+    `r` the share of weights that go back to the source; `symmetric` is the loss for ImageNet. Views are mirrored with probability `flip`;
+    `mean` and `std` are what images were normalised by, where the stream's preparation does not say it."""
 
     def __init__(
         self,

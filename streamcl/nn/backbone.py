@@ -115,6 +115,16 @@ def choose_modality(info: StreamInfo, wanted: str | None, kinds: tuple[str, ...]
     raise ConfigError(f"backbone {reader}: {problem}; the stream has {there or 'no modality'}")
 
 
+def choose_modalities(info: StreamInfo, wanted: list[str] | None, reader: str) -> list[str]:
+    """The modalities that the backbone `reader` reads, in the order of their names: `wanted`, or all that the stream has."""
+    names = wanted if wanted is not None else list(info.modalities)
+    unknown = [name for name in names if name not in info.modalities]
+    if unknown or not names:
+        told = f"{unknown[0]!r} is no modality of the stream; it has {', '.join(info.modalities)}" if unknown else "modalities is empty"
+        raise ConfigError(f"backbone {reader}: {told}")
+    return sorted(set(names))
+
+
 def numbers(batch: Batch, modality: str) -> Tensor:
     """The values of a numeric modality."""
     values = batch.inputs[modality]

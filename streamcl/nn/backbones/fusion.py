@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, interpolate, max_pool2d
 
 from streamcl.errors import ConfigError
-from streamcl.nn.backbone import Backbone, Part
+from streamcl.nn.backbone import Backbone, Part, choose_modalities
 from streamcl.options import PositiveInt
 from streamcl.stream import Batch, Column, Modality, StreamInfo
 
@@ -36,12 +36,7 @@ class Fusion(Backbone):
         self.width, self.modalities = width, modalities
 
     def build(self, info: StreamInfo) -> None:
-        names = self.modalities if self.modalities is not None else list(info.modalities)
-        unknown = [name for name in names if name not in info.modalities]
-        if unknown or not names:
-            told = f"{unknown[0]!r} is no modality of the stream; it has {', '.join(info.modalities)}" if unknown else "modalities is empty"
-            raise ConfigError(f"backbone fusion: {told}")
-        self.reads = sorted(set(names))
+        self.reads = choose_modalities(info, self.modalities, "fusion")
         self.grid: tuple[int, ...] | None = None  # height and width of the masks
         if info.target == "mask":
             sizes = sorted({info.modalities[name].shape[-2:] for name in self.reads if info.modalities[name].kind == "image"})

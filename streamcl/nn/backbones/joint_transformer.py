@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from streamcl.errors import ConfigError
-from streamcl.nn.backbone import Backbone
+from streamcl.nn.backbone import Backbone, choose_modalities
 from streamcl.nn.prompts import filled
 from streamcl.options import Fraction, PositiveInt
 from streamcl.stream import Batch, Modality, StreamInfo
@@ -54,12 +54,8 @@ class JointTransformer(Backbone):
         self.dropout, self.absent, self.modalities = dropout, absent, modalities
 
     def build(self, info: StreamInfo) -> None:
-        names = self.modalities if self.modalities is not None else list(info.modalities)
-        unknown = [name for name in names if name not in info.modalities]
-        if unknown or not names:
-            told = f"{unknown[0]!r} is no modality of the stream; it has {', '.join(info.modalities)}" if unknown else "modalities is empty"
-            raise ConfigError(f"backbone joint_transformer: {told}")
-        self.reads, width = sorted(set(names)), self.width
+        self.reads = choose_modalities(info, self.modalities, "joint_transformer")
+        width = self.width
         self.encoders = nn.ModuleDict({name: self._encoder(name, info.modalities[name]) for name in self.reads})
         self.lengths = {name: int(encoder.length) for name, encoder in self.encoders.items()}  # type: ignore[arg-type]
         self.places = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(self.lengths[name], width)) for name in self.reads})
