@@ -15,7 +15,6 @@ passes of one modality do. A sample of which nothing is there has zeros for all 
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -25,10 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from streamcl.errors import ConfigError
 from streamcl.nn.backbone import Backbone, choose_modalities
 from streamcl.nn.prompts import filled
+from streamcl.nn.tokens import Words, encoder
 from streamcl.options import Fraction, PositiveInt
-from streamcl.stream import Batch, Modality, StreamInfo
-
-from .multimodal_transformer import _Patches, _Spectrum, _Steps, _Whole, _Words
+from streamcl.stream import Batch, StreamInfo
 
 
 class JointTransformer(Backbone):
@@ -56,7 +54,9 @@ class JointTransformer(Backbone):
     def build(self, info: StreamInfo) -> None:
         self.reads = choose_modalities(info, self.modalities, "joint_transformer")
         width = self.width
-        self.encoders = nn.ModuleDict({name: self._encoder(name, info.modalities[name]) for name in self.reads})
+        self.encoders = nn.ModuleDict(
+            {name: encoder(name, info.modalities[name], self.width, self.patch, self.words, "joint_transformer") for name in self.reads}
+        )
         self.lengths = {name: int(encoder.length) for name, encoder in self.encoders.items()}  # type: ignore[arg-type]
         self.places = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(self.lengths[name], width)) for name in self.reads})
         self.blocks = nn.ModuleDict(
@@ -101,27 +101,7 @@ class JointTransformer(Backbone):
         return tokens, masks
 
     def _is_text(self, name: str) -> bool:
-        return isinstance(self.encoders[name], _Words)
-
-    def _encoder(self, name: str, modality: Modality) -> nn.Module:
-        shape, kind = modality.shape, modality.kind
-        if kind == "text":
-            return _Words(self.words, self.width)
-        if kind == "audio" and len(shape) in (1, 2):
-            return _Spectrum(self.width) if len(shape) == 1 else _Steps(shape[0], self.width)
-        if (kind == "image" and len(shape) == 3) or (kind == "video" and len(shape) == 4):
-            side = min(shape[-2:])
-            patch = self.patch or max(1, side // 4)
-            if patch > side:
-                raise ConfigError(f"backbone joint_transformer: patch is {patch}, and {name} has {side} pixels on a side: take fewer")
-            return _Patches(shape, patch, self.width)
-        if kind == "vector":
-            return _Whole(math.prod(shape), self.width)
-        raise ConfigError(
-            f"backbone joint_transformer: it cannot read {name} ({kind} of shape {tuple(shape)}): it takes images (channels, height, "
-            "width), videos (frames, channels, height, width), waveforms, spectrograms (bands, frames), vectors and texts; name those that "
-            "it is to read in modalities"
-        )
+        return isinstance(self.encoders[name], Words)
 
 
 class _Block(nn.Module):
