@@ -22,7 +22,7 @@ _LAZY = {
     "StreamInfo": "streamcl.stream",
     "Task": "streamcl.stream",
     "load": "streamcl.running",
-    "online": "streamcl.online_loop",
+    "online": "streamcl.deploying",
     "run": "streamcl.running",
 }
 __all__ = ["__version__", *_LAZY]

@@ -16,10 +16,11 @@ import torch
 from streamcl import config as configuration
 from streamcl import running
 from streamcl.config import RunConfig
+from streamcl.deploying import online
 from streamcl.errors import ConfigError, DataError, PluginError, StreamclError
 from streamcl.feeding import source_mapping
 from streamcl.learned import Learned
-from streamcl.online_loop import OnlineLoop, online
+from streamcl.online_loop import OnlineLoop
 from streamcl.stream import Batch
 from streamcl.writing import write_atomically
 

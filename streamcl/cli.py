@@ -162,6 +162,9 @@ def serve(
     follow: Annotated[
         Path | None, typer.Option("--follow", metavar="FOLDER", help="Adapt nothing, and serve the versions that are published there.")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option("--replicas", min=1, metavar="N", help="One that adapts and N - 1 that follow it, behind one address, with Ray.")
+    ] = 1,
     remember: Annotated[
         int, typer.Option("--remember", min=0, help="Samples kept in memory, on which labels that come late are compared; 0 for none.")
     ] = 256,
@@ -178,26 +181,27 @@ def serve(
     """Serve a run's model over HTTP, adapting to what it is asked."""
     from streamcl import serving
 
-    serving.serve(
-        run,
-        host,
-        port,
-        serving.Settings(
-            strategy=strategy,
-            mode=mode,
-            guard=guard,
-            canary=canary,
-            calibrate=calibrate,
-            tokens=tokens,
-            publish=publish,
-            follow=follow,
-            remember=remember,
-            inputs=inputs,
-            threads=threads,
-            device=device,
-            limits={"body": body, "most": most, "queue": queue, "timeout": timeout, "update": update, "sync": sync},
-        ),
+    settings = serving.Settings(
+        strategy=strategy,
+        mode=mode,
+        guard=guard,
+        canary=canary,
+        calibrate=calibrate,
+        tokens=tokens,
+        publish=publish,
+        follow=follow,
+        remember=remember,
+        inputs=inputs,
+        threads=threads,
+        device=device,
+        limits={"body": body, "most": most, "queue": queue, "timeout": timeout, "update": update, "sync": sync},
     )
+    if replicas > 1:
+        from streamcl.serving import on_ray
+
+        on_ray.serve(run, host, port, replicas, settings)
+    else:
+        serving.serve(run, host, port, settings)
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,10 @@ class Two(nn.Module):
             logits = self.head(self.norm(left + right))
 
         return Answer()
+
+
+class RefersToSome(streamcl.AdaptingStrategy):
+    needs_references = "a test"
 
 
 # -- what it answers -----------------------------------------------------------------------------------------------------------------
@@ -198,6 +204,41 @@ def test_after_the_loop_is_closed_the_same_parameters_want_gradients_as_before()
     assert [name for name, value in model.named_parameters() if value.requires_grad] == ["1.weight", "1.bias"]
     loop.close()
     assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["0.weight"]
+
+
+def test_one_loop_stands_around_a_module_at_a_time() -> None:
+    model, x = network(), pictures(16)
+    before = tensors(model)
+    first = streamcl.online(model, {"name": "tent", "optimizer": {"lr": 0.1}}, guard=False, window=None)
+    first(x)
+    for around in (model, nn.Sequential(model)):
+        with pytest.raises(ConfigError, match="a loop with tent stands around this module already.*close"):
+            streamcl.online(around, "eata")
+    assert not unchanged(model, before) and first.version == 1, "a refusal changes nothing"
+    first.reset(), first.close(), first.close()
+    assert unchanged(model, before) and all(value.requires_grad for value in model.parameters())
+    with pytest.raises(ConfigError, match="this loop is closed"):
+        first(x)
+    second = streamcl.online(model, "tent", guard=False, window=None)
+    assert torch.equal(second.frozen(x).scores, network()(x).detach())
+
+
+@pytest.mark.parametrize("mode", ["inline", "shadow"])
+def test_a_loop_that_nobody_holds_leaves_no_mark(mode: Any) -> None:
+    gc.disable()  # it is gone when its last name is, and not when somebody collects
+    try:
+        model = network()
+        loop = streamcl.online(model, "tent", mode=mode)
+        loop(pictures(16))
+        gone = weakref.ref(loop)
+        del loop
+        assert gone() is None
+        streamcl.online(model, "tent")(pictures(16))
+        with pytest.raises(ConfigError, match="needs labelled samples"):  # nor does one that did not come about
+            streamcl.online(nn.Sequential(model), RefersToSome())
+        streamcl.online(model, "tent")
+    finally:
+        gc.enable()
 
 
 def test_inputs_of_different_lengths_are_refused() -> None:

@@ -71,10 +71,7 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 8000, settings: Settin
     except (OSError, OverflowError) as error:
         app.state.server.service.release()
         raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror if isinstance(error, OSError) else error}") from None
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    for role, token in drawn.items():
-        print(f"token for {'asking' if role == 'predict' else 'changing the model'}, shown this once: {token}", flush=True)
-    print(f"serving {run} at {address}", flush=True)
+    announce(run, host, listening.getsockname()[1], drawn)
     sys.setswitchinterval(SWITCH)
     gc.collect()
     gc.freeze()  # what is there by now stays: to look through all of it again and again would hold up requests for a good while
@@ -84,6 +81,13 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 8000, settings: Settin
         app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=int(limits.timeout) + 1, timeout_keep_alive=60
     )
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def announce(run: Path, host: str, port: int, drawn: dict[str, str]) -> None:
+    """Say where it serves, and the tokens that nobody will be shown again."""
+    for role, token in drawn.items():
+        print(f"token for {'asking' if role == 'predict' else 'changing the model'}, shown this once: {token}", flush=True)
+    print(f"serving {run} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
 
 def application(run: Path, settings: Settings) -> tuple[FastAPI, dict[str, str]]:

@@ -26,7 +26,7 @@ SETTINGS = {
 }
 BATCH_NORM = ["model.backbone=resnet32", "model.pretrain.strategy.epochs=10"]
 GROUP_NORM = ["model.backbone={name: convnet, norm: group, width: 32}", "model.pretrain.strategy.epochs=15"]
-JOINT = ["model.backbone=joint_transformer"]
+MIXTURE = ["model.backbone={name: mixture, experts: 4, layers: 2}"]
 CORRUPTIONS = "scenario.corruptions=[gaussian_noise, impulse_noise, defocus_blur, glass_blur, frost, fog, contrast, pixelate]"
 STREAMS: dict[str, tuple[str, list[str]]] = {
     "clean": ("test_time/digits", ["scenario.corruptions=none", "scenario.clean=1.0", "scenario.samples=1280"]),
@@ -64,6 +64,7 @@ GROUPS: dict[str, tuple[list[str], dict[str, tuple[str, list[str]]], list[str]]]
     "batch normalisation (resnet32)": (BATCH_NORM, STREAMS, list(METHODS)),
     "group normalisation (convnet)": (GROUP_NORM, STREAMS, ["tent", "tent, 100 x the rate", "eata", "sar", "deyo", "lame"]),
     "images and sounds (joint_transformer, layer normalisation)": ([], SEEN_AND_HEARD, ["tent", "read", "sumi"]),
+    "a mixture of experts (r2t2)": (MIXTURE, {name: STREAMS[name] for name in ("clean", "abrupt", "mild", "mixed", "correlated")}, ["r2t2"]),
 }
 
 

@@ -1,0 +1,146 @@
+"""What every learner by reinforcement shares: options, the seams that a method fills in, and the loss. Two engines run it.
+
+A method is the few functions of numbers that it changes: how rewards of a group are shaped, how advantages follow, how rows weigh in the
+divergence. `_trl` runs it for language models on TRL's GRPOTrainer, `_loop` for any model whose scores are a policy over classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from streamcl.context import Context
+from streamcl.errors import ConfigError
+from streamcl.learner import Learner, Report
+from streamcl.nn.language import language_model
+from streamcl.nn.model import Model
+from streamcl.options import NonNegativeFloat, Optimizer, PositiveFloat, PositiveInt, Schedule
+from streamcl.stream import Column, StreamInfo, Task
+from streamcl.verifier import Verifier
+
+from ._rollouts import Aggregation, Estimator, Rollouts, total
+
+
+class PolicyLearner(Learner):
+    """Group-relative policy optimisation with its seams open.
+
+    A session makes `steps` updates; for each batch of rollouts `prompts` prompts are answered `group` times and learned from in
+    `updates` steps of the optimiser (1: strictly on policy). `rewards` are verifiers with their weights, the first one the outcome.
+    """
+
+    estimator: ClassVar[Estimator | None] = "k3"  # of the divergence as a loss; None where the method has none there
+    spread: ClassVar[float] = 1e-4  # what is added to a group's deviation
+    shuffles: ClassVar[bool] = False  # also answer with frames in random order: extra["shuffled"], their mean outcome, NaN without frames
+
+    def __init__(
+        self,
+        *,
+        steps: PositiveInt = 40,
+        prompts: PositiveInt = 8,
+        group: PositiveInt = 8,
+        updates: PositiveInt = 1,
+        rewards: tuple[Verifier, ...] = (),
+        beta: NonNegativeFloat = 0.0,
+        clip_low: NonNegativeFloat = 0.2,
+        clip_high: NonNegativeFloat = 0.2,
+        aggregation: Literal["sequence", "token", "constant"] = "sequence",
+        optimizer: Optimizer = Optimizer(name="adamw", lr=1e-6, weight_decay=0.0),  # noqa: B008
+        schedule: Schedule = Schedule(),  # noqa: B008
+        clip: PositiveFloat | None = 1.0,
+        temperature: PositiveFloat = 1.0,
+    ) -> None:
+        if group < 2:
+            raise ConfigError("learner: group is 1, and a group of one has no mean to be better than: take 2 or more")
+        self.steps, self.prompts, self.group, self.updates = steps, prompts, group, updates
+        self.rewards, self.beta, self.temperature = tuple(rewards), beta, temperature
+        self.clip_low, self.clip_high, self.clip = clip_low, clip_high, clip
+        self.aggregation: Aggregation = aggregation
+        self.optimizer_settings, self.schedule = Optimizer.model_validate(optimizer), Schedule.model_validate(schedule)
+
+    # -- what methods fill in ---------------------------------------------------------------------------------------------------
+
+    def judge(self, answers: Sequence[str], rows: Mapping[str, Column]) -> dict[str, Tensor]:
+        """Further judgements of each answer, which lie in `extra` of the rollouts: no rewards by themselves  # (N,) each"""
+        return {}
+
+    def shaped(self, rollouts: Rollouts) -> Tensor:
+        """What each row earns, once its group is known  # (N,)"""
+        return total(rollouts)
+
+    def advantages(self, rollouts: Rollouts, earned: Tensor) -> Tensor:
+        """By how much each row is better than its group  # (N,), or (N, T)"""
+        groups = rollouts.grouped(earned)
+        known = ~groups.isnan()
+        mean = groups.nanmean(dim=1, keepdim=True)
+        count = known.sum(dim=1, keepdim=True)
+        deviation = ((groups - mean).square().nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        return ((groups - mean) / (deviation + self.spread)).nan_to_num(0.0).flatten()
+
+    def kl_weights(self, rollouts: Rollouts, advantages: Tensor) -> Tensor | None:
+        """How much each row counts in the divergence; None for 1  # (N,)"""
+        return None
+
+    def figures(self, rollouts: Rollouts) -> dict[str, float]:
+        """What of a batch of rollouts a person should see beside rewards and lengths."""
+        return {}
+
+    # -- running it --------------------------------------------------------------------------------------------------------------
+
+    def start(self, info: StreamInfo, context: Context) -> None:
+        super().start(info, context)
+        if language_model(context.model) is not None:
+            from ._trl import LanguageSession
+
+            self.session: Any = LanguageSession(self)
+        else:
+            from ._loop import ActionSession
+
+            self.session = ActionSession(self)
+        self.session.start(info, context)
+
+    def check(self, task: Task) -> None:
+        self.session.check(task)
+
+    def fit(self, model: Model, task: Task, context: Context) -> Report:
+        return self.session.fit(model, task, context)
+
+    def state(self) -> dict[str, Any]:
+        return self.session.state()
+
+    def restore(self, state: Any) -> None:
+        self.session.restore(state)
+
+
+def divergence(policy: Tensor, reference: Tensor, estimator: Estimator, clamp: float | None = None) -> Tensor:
+    """An estimate of KL(policy || reference) of each token by ln p of the tokens that were sampled  # as both
+
+    As losses they are not alike: the gradient of k2 is that of KL(policy || reference), of k3 that of KL(reference || policy), and k1 has
+    none in expectation.
+    """
+    u = reference - policy
+    if clamp is not None:
+        u = u.clamp(-clamp, clamp)
+    if estimator == "k1":
+        return -u
+    if estimator == "k2":
+        return u.square() / 2
+    return u.exp() - 1 - u
+
+
+def aggregated(values: Tensor, mask: Tensor, how: Aggregation, longest: int) -> Tensor:
+    """One number of (N, T) values: the mean over rows of their means, the mean over tokens, or the sum over N times `longest`."""
+    if how == "sequence":
+        return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    if how == "token":
+        return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum() / (len(values) * longest)
+
+
+def surrogate(policy: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """The clipped loss of each token  # (N, T)"""
+    ratio = (policy - old).exp()
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
