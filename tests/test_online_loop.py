@@ -212,7 +212,7 @@ def test_one_loop_stands_around_a_module_at_a_time() -> None:
     first = streamcl.online(model, {"name": "tent", "optimizer": {"lr": 0.1}}, guard=False, window=None)
     first(x)
     for around in (model, nn.Sequential(model)):
-        with pytest.raises(ConfigError, match="a loop with tent stands around this module already.*close"):
+        with pytest.raises(ConfigError, match=r"a loop with tent stands around this module already.*close"):
             streamcl.online(around, "eata")
     assert not unchanged(model, before) and first.version == 1, "a refusal changes nothing"
     first.reset(), first.close(), first.close()
