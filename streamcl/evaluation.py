@@ -281,15 +281,16 @@ class Evaluation:
                 for head, given in {DECISION: prediction.scores, **prediction.heads}.items():
                     heads.add(head)
                     scores = None
+                    texts = given if isinstance(given, list) else prediction.texts
                     if "scores" in needed:
-                        scores, bad = _answers(given, batch, head, self.target)
+                        scores, bad = _answers(given, batch, head, self.target)  # type: ignore[arg-type]
                         if among is not None:
                             scores = _only(scores, among)
                         if head == DECISION:
                             not_finite.update(bad.to(self.device))
                     for protocol in self.protocols:
                         offered = scores if scores is None or protocol == "class_incremental" else _only(scores, own)
-                        answer = Answer(batch, offered, prediction.texts, embeddings, prediction.threshold)
+                        answer = Answer(batch, offered, texts, embeddings, prediction.threshold)
                         for name, place in itertools.product(self.metrics, _places(task, upto)):
                             if not place.startswith("column") or name not in by_class:
                                 metric(protocol, head, name, place).update(answer)

@@ -102,6 +102,15 @@ class Stages(_Settings):
     later: Stage = Stage()
 
 
+class Lora(_Settings):
+    """A low-rank adapter of PEFT: its rank, `alpha` over the rank is what it counts, and the layers by name ("all-linear" for all)."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Fraction = 0.0
+    layers: str | tuple[str, ...] = "all-linear"
+
+
 def _as_float(value: Any) -> Any:
     """YAML 1.1 reads 1e-3 as a string; a person means the number."""
     if isinstance(value, str):
@@ -116,6 +125,7 @@ Number = Annotated[float, BeforeValidator(_as_float)]
 
 __all__ = [
     "Fraction",
+    "Lora",
     "NonNegativeFloat",
     "NonNegativeInt",
     "Number",

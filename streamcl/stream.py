@@ -188,7 +188,8 @@ class Dataset(Protocol):
 class Prediction:
     """What a strategy answers: `scores` (batch, classes seen so far; or values for regression), `texts`, or `images`.
 
-    `heads` holds second opinions that are scored beside it. Where a sample may have several labels, scores are logits and `threshold`
+    `heads` holds second opinions that are scored beside it: scores, or of texts several for each sample, of which one that is right is
+    enough. Where a sample may have several labels, scores are logits and `threshold`
     is the probability from which a label is given. In the online loop `made` says whether it was made before or after the update, and
     `version` by which version of the model: 0 is the model as it was deployed.
     """
@@ -196,7 +197,7 @@ class Prediction:
     scores: Tensor | None = None
     texts: list[str] | None = None
     images: Tensor | None = None
-    heads: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Tensor | list[list[str]]] = field(default_factory=dict)
     embeddings: dict[str, Tensor] = field(default_factory=dict)  # modality -> (batch, dim), where a stream is scored by retrieval
     threshold: float | None = None
     made: str = "before"

@@ -34,7 +34,12 @@ class Verifier(ABC):
     `answers` are whole responses; `rows` holds the columns of their data rows, first dimension the batch (`answer`, the right one;
     `choices`; and whatever else a verifier needs). One judgement each, float32 from 0 to 1  # (batch,). NaN says that there is nothing
     to judge by, because the right answer is missing or cannot be read: that is not a wrong answer, and is left out of every mean.
+
+    As a reward of a learner it counts `weight` times.
     """
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        self.weight = weight
 
     @abstractmethod
     def __call__(self, answers: Sequence[str], rows: Mapping[str, Column]) -> Tensor: ...

@@ -17,12 +17,13 @@ from streamcl.verifier import AnswerVerifier, Verifier, extract, marked
 from streamcl.verifiers.choice import Choice
 from streamcl.verifiers.exact import Exact
 from streamcl.verifiers.number import Number
+from streamcl.verifiers.own import Own
 from streamcl.verifiers.sequence import SequenceVerifier
 from streamcl.verifiers.tagged import Tagged
 from streamcl.verifiers.text import Text
 
 ANIMALS = "red\na cat\nblack cat\ndog"
-EVERY = [plugin.load() for plugin in plugins("verifier").values()]
+EVERY = [kind for plugin in plugins("verifier").values() if issubclass(kind := plugin.load(), AnswerVerifier | Tagged)]
 words = st.text(st.sampled_from("abAB 12.,-()<>{}\\/=%\n"), max_size=20)
 
 
@@ -399,3 +400,21 @@ def test_a_verifier_of_ones_own_needs_to_say_only_how_to_read():
             return int(text) % 2 if text.isdigit() else None
 
     assert Parity()(["3", "<answer>4</answer>", "x", "1"], {"answer": ["5", "5", "5", "?"]}).nan_to_num(-1).tolist() == [1, 0, 0, -1]
+
+
+def test_the_own_verifier_judges_each_row_by_the_one_that_it_names() -> None:
+    rows = {"answer": ["3", "B", ""], "choices": ["", "cat\ndog", ""], "verifier": ["number", "choice", "exact"]}
+    judged = Own(weight=0.5)
+    assert judged.weight == 0.5
+    given = judged(["three", "the dog", "x"], rows)
+    assert given[:2].tolist() == [1, 1]
+    assert given[2].isnan()  # nothing to judge by is not a wrong answer
+
+
+def test_of_several_answers_one_that_is_right_is_enough() -> None:
+    extra = {"answer": ["3", "4", ""], "verifier": ["number"] * 3}
+    batch = Batch({"text": ["a", "b", "c"]}, torch.tensor([0, 1, 1]), torch.arange(3), extra=extra)
+    metric = Verified(Room(2))
+    metric.update(Answer(batch, texts=[["1", "3"], ["1", "2"], ["1", "2"]]))
+    assert metric.compute().value == 0.5  # the third row has no right answer to judge by
+    assert metric.compute().per_class == [1.0, 0.0]

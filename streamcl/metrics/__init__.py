@@ -46,7 +46,7 @@ class Answer:
 
     batch: Batch
     scores: Tensor | None = None
-    texts: Sequence[str] | None = None
+    texts: Sequence[str] | Sequence[Sequence[str]] | None = None  # of a head, several for each sample
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     threshold: float | None = None  # of this prediction, where it is not the stream's
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 from streamcl.options import NonNegativeFloat
 from streamcl.verifier import AnswerVerifier, denies, last_clause
@@ -35,7 +36,8 @@ class Number(AnswerVerifier):
     The defaults leave room for nothing but the last digit of a float. Computed exactly, so that a difference of just the tolerance is in.
     """
 
-    def __init__(self, *, relative: NonNegativeFloat = 1e-6, absolute: NonNegativeFloat = 0.0) -> None:
+    def __init__(self, *, relative: NonNegativeFloat = 1e-6, absolute: NonNegativeFloat = 0.0, **options: Any) -> None:
+        super().__init__(**options)
         self.relative, self.absolute = Fraction(str(relative)), Fraction(str(absolute))
 
     def read(self, text: str, choices: Sequence[str], alone: bool) -> Read | None:

@@ -7,6 +7,7 @@ Any other verifier takes an answer without tags as well; this one says 0 to it, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from .text import Text
 
 
 class Tagged(Verifier):
-    def __init__(self, *, verifier: Verifier | None = None) -> None:
+    def __init__(self, *, verifier: Verifier | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self.verifier = verifier or Text()
 
     def __call__(self, answers: Sequence[str], rows: Mapping[str, Column]) -> Tensor:

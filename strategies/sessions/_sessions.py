@@ -1,0 +1,198 @@
+"""What all session strategies share: a learner is run on each task, with earlier prompts among the new ones, and scored by what it says.
+
+The optimiser is fresh in every session. What is kept between sessions: the weights, the policies that a penalty holds on to (`base`, the
+model as the stream found it, and `previous`, as the session found it), exemplars where there is replay, and what the learner carries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from streamcl.context import Context
+from streamcl.data import ArrayDataset, Joined, Subset
+from streamcl.errors import ConfigError
+from streamcl.learner import Learner
+from streamcl.nn.language import LanguageModel, Spoken, language_model
+from streamcl.options import Fraction, Lora, NonNegativeInt
+from streamcl.seeding import generator
+from streamcl.strategy import Strategy
+from streamcl.stream import Batch, Prediction, StreamInfo, Task
+from streamcl.verifier import Verifier
+
+POLICIES = ("base", "previous")
+
+
+class Sessions(Strategy):
+    """`replay` is the share of a session's rows that are earlier prompts, from the memory of exemplars; `reference` the policy that a
+    learner's penalty holds on to. Of each test row `samples` further answers are drawn, for pass@k; `probes` rows of each batch tell how
+    far the policy went from those it came from; `format` judges how an answer is written."""
+
+    targets = ("text", "class")
+    selection = "reservoir"
+
+    def __init__(
+        self,
+        *,
+        learner: Learner,
+        replay: Fraction = 0.0,
+        reference: Literal["base", "previous"] = "previous",
+        adapter: Lora | None = None,
+        samples: NonNegativeInt = 0,
+        probes: NonNegativeInt = 0,
+        format: Verifier | None = None,
+    ) -> None:
+        if replay == 1:
+            raise ConfigError("strategy.replay is 1, which leaves no room for what is new: take a share below 1")
+        self.learner, self.replay, self.reference = learner, replay, reference
+        self.adapter = None if adapter is None else Lora.model_validate(adapter)
+        self.samples, self.probes, self.format = samples, probes, format
+        self.needs_exemplars = replay > 0
+        self.begun = -1  # the session at hand, once what comes before it is done
+        self.spoken: Spoken | None = None  # the greedy answers to the batch at hand
+
+    # -- what strategies fill in ------------------------------------------------------------------------------------------------
+
+    def before_session(self, task: Task) -> None:
+        """Called once for a task, before the learner sees it."""
+
+    def after_session(self, task: Task) -> None:
+        """Called once for a task, when it was learned."""
+
+    # -- a session --------------------------------------------------------------------------------------------------------------
+
+    def start(self, info: StreamInfo, context: Context) -> None:
+        super().start(info, context)
+        self.language = language_model(context.model)
+        if info.target == "text" and self.language is None:
+            raise ConfigError(
+                "this stream is answered in words, and the backbone does not speak: take model.backbone=tiny_vlm, or a language model by "
+                "its name (hf:Qwen/Qwen2.5-VL-7B-Instruct)"
+            )
+        if info.target != "text" and self.language is not None:
+            raise ConfigError(f"the backbone answers in words, and the target of this stream is {info.target}: take a classifier (mlp)")
+        if self.language is None and (self.adapter or self.samples or self.probes or self.format):
+            raise ConfigError("strategy: adapter, samples, probes and format belong to models that answer in words: leave them out")
+        if self.adapter is not None:
+            self.wrap(self.adapter)
+        self.learner.reference = self.reference
+        self.learner.start(info, context)
+
+    def learn(self, task: Task) -> None:
+        mine = self.with_replay(task)
+        self.learner.check(mine)
+        if self.begun != task.index:
+            self.before_session(task)
+            if self.language is not None:
+                self.language.keep("previous")
+            self.begun = task.index
+        report = self.learner.fit(self.model, mine, self.context)
+        if report.figures:
+            self.context.events.emit("figures", task=task.index, **report.figures)
+        self.after_session(task)
+        if self.replay:
+            self.memory.exemplars.add(task.train, group=task.index)
+
+    def with_replay(self, task: Task) -> Task:
+        """The task with earlier prompts among its rows: drawn from the memory, the same ones where a session is entered again."""
+        exemplars = self.memory.exemplars
+        if not self.replay or not len(exemplars):
+            return task
+        wanted = max(1, round(len(task.train) * self.replay / (1 - self.replay)))
+        held = exemplars.sample(min(wanted, len(exemplars)), generator(self.context.seed, "replay", task.index))
+        assert held.target is not None
+        earlier = ArrayDataset(held.inputs, held.target, held.ids, held.present, held.extra)
+        # An order from easy to hard is the task's own: what is earlier is strewn in.
+        places = torch.randperm(len(task.train) + len(earlier), generator=generator(self.context.seed, "replayed", task.index))
+        return _with_rows(task, Joined([task.train, earlier]), places[: len(earlier)].sort().values)
+
+    def wrap(self, settings: Lora) -> None:
+        """Put a fresh adapter around the network, whose own weights are frozen from then on."""
+        from peft import LoraConfig, get_peft_model
+
+        assert self.language is not None
+        layers = settings.layers if isinstance(settings.layers, str) else list(settings.layers)
+        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=layers)
+        try:
+            self.language.network = get_peft_model(self.language.network, config)
+        except ValueError as error:
+            raise ConfigError(f"strategy.adapter: {' '.join(str(error).split())}") from error
+        self.model.remember()
+
+    # -- answering --------------------------------------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch) -> Prediction:
+        language = self.language
+        if language is None:
+            return super().predict(batch)
+        self.spoken = language.speak(batch)
+        heads: dict[str, Tensor | list[list[str]]] = {}
+        if self.samples:
+            drawn = language.speak(batch, temperature=1.0, samples=self.samples, generator=self.context.generator).texts
+            heads[f"pass@{self.samples}"] = [drawn[row : row + self.samples] for row in range(0, len(drawn), self.samples)]
+        return Prediction(texts=self.spoken.texts, heads=heads)
+
+    def measure(self, batch: Batch) -> dict[str, float]:
+        if self.language is None or self.spoken is None:
+            return {}
+        figures = {"length": float(self.spoken.lengths.float().mean())}
+        if self.format is not None:
+            figures["format_rate"] = float(self.format(self.spoken.texts, batch.extra).nanmean())
+        task = self.context.task
+        if self.probes and task is not None and batch.target is not None:
+            new = bool(torch.isin(batch.target.cpu(), torch.tensor(task.labels or task.classes)).any())
+            probe = batch[: self.probes]
+            for name in POLICIES:
+                forward, reverse = divergences(self.language, probe, name, self.context.generator)
+                figures[f"kl_{name}_{'new' if new else 'old'}"] = forward
+                figures[f"reverse_kl_{name}_{'new' if new else 'old'}"] = reverse
+        return figures
+
+    # -- state ------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        kept = {} if self.language is None else self.language.kept()
+        return {"begun": self.begun, "learner": self.learner.state(), "kept": kept}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.begun = int(state["begun"])
+        if self.language is not None:
+            self.language.restore_kept(state["kept"])
+        self.learner.restore(state["learner"])
+
+
+def divergences(language: LanguageModel, batch: Batch, name: str, draw: torch.Generator) -> tuple[float, float]:
+    """KL(kept || now) over answers of the policy that was kept, and KL(now || kept) over answers of the one at hand.
+
+    Of an answer it is the sum over its tokens, exact over the vocabulary; the mean over rows. The first, on prompts of the new task, is
+    what forgetting of the old ones goes with (RL's Razor, Shenfeld et al., arXiv 2509.04259).
+    """
+
+    def between(spoken: Spoken) -> tuple[Tensor, Tensor]:
+        now = language.logits(batch, spoken).float().log_softmax(dim=-1)
+        with language.policy(name):
+            then = language.logits(batch, spoken).float().log_softmax(dim=-1)
+        return now, then
+
+    with language.policy(name):
+        its = language.speak(batch, temperature=1.0, generator=draw)
+    now, then = between(its)
+    forward = ((then.exp() * (then - now)).sum(dim=-1) * its.mask).sum() / len(batch)
+    mine = language.speak(batch, temperature=1.0, generator=draw)
+    now, then = between(mine)
+    reverse = ((now.exp() * (now - then)).sum(dim=-1) * mine.mask).sum() / len(batch)
+    return float(forward), float(reverse)
+
+
+def _with_rows(task: Task, both: Joined, places: Tensor) -> Task:
+    """The task with `both` for its training data: its own rows in their order, and the others, which come last there, at `places`."""
+    order = torch.empty(len(both), dtype=torch.int64)
+    own = torch.ones(len(both), dtype=torch.bool)
+    own[places] = False
+    order[own] = torch.arange(int(own.sum()))
+    order[places] = torch.arange(int(own.sum()), len(both))
+    return dataclasses.replace(task, train=Subset(both, order))
