@@ -110,18 +110,21 @@ class Sessions(Strategy):
         places = torch.randperm(len(task.train) + len(earlier), generator=generator(self.context.seed, "replayed", task.index))
         return _with_rows(task, Joined([task.train, earlier]), places[: len(earlier)].sort().values)
 
-    def wrap(self, settings: Lora) -> None:
+    def wrap(self, settings: Lora, name: str = "default") -> None:
         """Put a fresh adapter around the network, whose own weights are frozen from then on."""
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
 
         assert self.language is not None
         layers = settings.layers if isinstance(settings.layers, str) else list(settings.layers)
         config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=layers)
+        network = self.language.network
         try:
-            self.language.network = get_peft_model(self.language.network, config)
+            if isinstance(network, PeftModel):
+                network.add_adapter(name, config)
+            else:
+                self.language.network = get_peft_model(network, config, adapter_name=name)
         except ValueError as error:
             raise ConfigError(f"strategy.adapter: {' '.join(str(error).split())}") from error
-        self.model.remember()
 
     # -- answering --------------------------------------------------------------------------------------------------------------
 
@@ -129,12 +132,17 @@ class Sessions(Strategy):
         language = self.language
         if language is None:
             return super().predict(batch)
-        self.spoken = language.speak(batch)
+        self.spoken = self.answer(batch)
         heads: dict[str, Tensor | list[list[str]]] = {}
         if self.samples:
-            drawn = language.speak(batch, temperature=1.0, samples=self.samples, generator=self.context.generator).texts
+            drawn = self.answer(batch, temperature=1.0, samples=self.samples, generator=self.context.generator).texts
             heads[f"pass@{self.samples}"] = [drawn[row : row + self.samples] for row in range(0, len(drawn), self.samples)]
         return Prediction(texts=self.spoken.texts, heads=heads)
+
+    def answer(self, batch: Batch, **how: Any) -> Spoken:
+        """What is said to each row: greedily, unless `how` says otherwise (see LanguageModel.speak)."""
+        assert self.language is not None
+        return self.language.speak(batch, **how)
 
     def measure(self, batch: Batch) -> dict[str, float]:
         if self.language is None or self.spoken is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +68,9 @@ class LanguageModel(Backbone):
     @abstractmethod
     def logits(self, batch: Batch, spoken: Spoken) -> Tensor:
         """Of each of the answers' tokens  # (rows x samples, T, vocabulary)"""
+
+    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copy what the base has of these parameters: to be called before something else than training writes into them."""
 
     @abstractmethod
     def keep(self, name: str) -> None: ...

@@ -127,7 +127,8 @@ class Model(nn.Module):
 
         To be called again where the model has moved to another device, whose sums may differ in their last bits.
         """
-        self._named = {name: _fingerprint(value) for name, value in self.backbone.state_dict().items()} if self.backbone.origin else {}
+        held = self.backbone.state_dict() if self.backbone.origin else {}
+        self._named = {plain_name(name): _fingerprint(value) for name, value in held.items()}
 
     def named_elsewhere(self) -> set[str]:
         """The names of tensors that are still what a named source gave: a checkpoint names them and does not copy them.
@@ -141,7 +142,7 @@ class Model(nn.Module):
         return {
             f"backbone.{name}"
             for name, value in held.items()
-            if name in self._named and torch.equal(self._named[name], _fingerprint(value))
+            if (plain := plain_name(name)) in self._named and torch.equal(self._named[plain], _fingerprint(value))
         }
 
     def state(self) -> dict[str, Any]:
@@ -165,6 +166,11 @@ class Model(nn.Module):
         absent = set(missing) - (self._as_named() if origin is not None else set())
         if absent or unexpected:
             raise ValueError(f"the saved model has other tensors: missing {sorted(absent)[:3]}, unexpected {sorted(unexpected)[:3]}")
+
+
+def plain_name(name: str) -> str:
+    """What a tensor was called before PEFT put an adapter around its layer."""
+    return name.replace("base_model.model.", "").replace(".base_layer.", ".")
 
 
 def _fingerprint(value: Tensor) -> Tensor:
