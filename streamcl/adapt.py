@@ -25,7 +25,6 @@ from streamcl.stream import Batch
 from streamcl.writing import write_atomically
 
 TARGETS = ("y", "target", "targets", "label", "labels")
-ONLINE = ("online.guard", "online.frozen", "online.window")
 
 
 def adapt(

@@ -397,6 +397,37 @@ def matrix_cells(scores: dict[str, Any], width: int) -> tuple[str, list[str], li
 
 
 def matrix_text(scores: dict[str, Any], width: int = 160) -> str:
-    """The accuracy matrix as aligned text."""
+    """The accuracy matrix as aligned text; of a stream that was served the domains."""
+    if was_served(scores):
+        return _domains_text(scores)
     title, header, cells, _, _ = matrix_cells(scores, width)
     return "\n".join([title, *("  " + line for line in aligned([header, *cells], left=0) if cells)])
+
+
+def was_served(scores: Mapping[str, Any]) -> bool:
+    """Whether each task was scored once, while it was at hand, as a test-time stream is: then the matrix is its diagonal alone."""
+    matrix = scores.get("matrix") or []
+    lone = all(value is None for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j)
+    return scored(scores) and lone and (len(matrix) > 1 or scores.get("final_task_mean") is None)
+
+
+def _domains_text(scores: Mapping[str, Any]) -> str:
+    """Each domain with its score, beside the deployed model's where that was scored; the segments where nothing names a domain."""
+    deployed, by_domain = (scores.get("heads") or {}).get("frozen"), scores.get("per_domain")
+    labels = list(by_domain or (task["name"] for task in scores.get("tasks") or ()))
+    if not by_domain and len(labels) != len(scores["per_task"]):  # a run that did not end does not say their names
+        labels = [str(number + 1) for number in range(len(scores["per_task"]))]
+
+    def column(of: Mapping[str, Any]) -> list[float | None]:
+        return list(of["per_domain"].values() if by_domain else of["per_task"])
+
+    ours, theirs = column(scores), column(deployed) if deployed else []
+    scale = Scale([*ours, *theirs], metric=scores["metric"])
+    rows = [["domain" if by_domain else "segment", "as served"]]
+    rows += [[label, scale.number(value)] for label, value in zip(labels, ours, strict=True)]
+    if theirs:
+        rows[0] += ["as deployed", "difference"]
+        for row, mine, other in zip(rows[1:], ours, theirs, strict=True):
+            row += [scale.number(other), scale.number(None if mine is None or other is None else mine - other)]
+    title = f"{scores['metric']}{' in %' if scale.percent else ''} in each {rows[0][0]}, as it was served"
+    return "\n".join([title, *(f"  {line}" for line in aligned(rows))])

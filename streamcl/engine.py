@@ -467,16 +467,22 @@ class Engine:
         """Figures of what is served, told every 256 samples: for a person who looks on, and for the report."""
         loop, served, scores = self.loop, self.served, prediction.scores
         assert loop is not None
-        if not self.events.sinks or scores is None or self.info.target != "class" or batch.target is None:
+        kind = self.info.target
+        if not self.events.sinks or scores is None or kind not in ("class", "value") or batch.target is None:
             return
         target = batch.target.to(scores.device)
-        figures = {
-            "samples": float(len(batch)),
-            "right": float((scores.argmax(1) == target).sum()),
-            "entropy": float(entropy(scores).sum()),
-        }
-        if "frozen" in prediction.heads:
-            figures["right_frozen"] = float((prediction.heads["frozen"].argmax(1) == target).sum())
+
+        def scored(given: Tensor) -> float:
+            """How many are right, or how far they are off, added up."""
+            if kind == "class":
+                return float((given.argmax(1) == target).sum())
+            return float((given - target.view_as(given)).abs().reshape(len(batch), -1).mean(1).sum())
+
+        figures = {"samples": float(len(batch)), "scored": scored(scores)}
+        if kind == "class":
+            figures["entropy"] = float(entropy(scores).sum())
+        if isinstance(frozen := prediction.heads.get("frozen"), Tensor):
+            figures["scored_frozen"] = scored(frozen)
         for name, value in figures.items():
             served[name] = served.get(name, 0.0) + value
         if served["samples"] < SERVED:
@@ -488,15 +494,17 @@ class Engine:
         served, loop, task = self.served, self.loop, self.context.task
         if not served or loop is None or task is None:
             return
-        count = served["samples"]
+        count, metric = served["samples"], "accuracy" if "entropy" in served else "mae"
         self.events.emit(
             "served",
             task=task.index,
             name=task.name,
             samples=self.context.samples,
-            accuracy=served["right"] / count,
-            accuracy_frozen=served["right_frozen"] / count if "right_frozen" in served else None,
-            entropy=served["entropy"] / count,
+            **{
+                metric: served["scored"] / count,
+                f"{metric}_frozen": served["scored_frozen"] / count if "scored_frozen" in served else None,
+            },
+            **({"entropy": served["entropy"] / count} if "entropy" in served else {}),
             version=loop.version,
             counts={**loop.strategy.counts, **loop.counts},
         )

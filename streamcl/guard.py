@@ -110,7 +110,8 @@ class Guard:
 
     def due(self, number: int, entropy: float) -> bool:
         """Whether this batch is compared: one in `compare`, and each while something is near its limit or the answers, by their mean
-        entropy, are not what they were when they were last compared."""
+        entropy, are not what they were when they were last compared. That entropy is of the batch at hand, which makes whoever answers wait
+        for the device: a batch later the first answers after an abrupt shift, or ones that are not finite, would be served unseen."""
         if self.bypassing:
             return number % self.compare == 0
         before = self.figures.get("entropy_last", math.inf)

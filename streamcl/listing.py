@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 OWN = "that of the data itself"  # a source of a person's own files knows no other
 WIDEST = 40  # of a column of `show`; what is longer sticks out
 KEPT_THERE = {"cache", "root"}  # options whose folder is made where there is none; every other path is read
+# What `check` may open and build: sources that come with streamcl or are drawn on the spot, and backbones that somebody else trained.
+EMBEDDED = {"digits", "digits_av", "digit_scenes", "problems", "puzzles", "shapes", "sklearn"}
+FETCHED = {"hf", "minilm", "open_clip", "timm"}
+FIRST = 4  # samples that it serves
 
 
 # Plug-ins -----------------------------------------------------------------------------------------------------------------------
@@ -261,6 +265,7 @@ def check(config_name: str, overrides: Sequence[str] = ()) -> str:
     for spec in plugin_specs(settings):
         names = counted.setdefault(spec.kind, [])
         names += [] if spec.name in names else [spec.name]
+    tried = _tried(settings)
     unread = "whether its form fits the model" if _classes(settings) else "how many classes it has, and whether its form fits the model"
     return "\n".join(
         [
@@ -268,7 +273,9 @@ def check(config_name: str, overrides: Sequence[str] = ()) -> str:
             *_facts([[kind, ", ".join(names)] for kind, names in counted.items()]),
             *licences(settings),
             *(f"warning: {warning}" for warning in misnamed(settings)),
-            f"not checked, because the data was not read: {unread}",
+            "the stream was opened and the model built, and the strategy takes both; nothing was trained"
+            if tried
+            else f"not checked, because the data was not read: {unread}",
         ]
     )
 
@@ -309,6 +316,62 @@ def contradictions(settings: RunConfig) -> list[StreamclError]:
         except StreamclError as error:
             found.append(error)
     return found
+
+
+def _tried(settings: RunConfig) -> bool:
+    """Whether the run could be set up but for training, and its first samples be served where it serves; raises what the engine, the
+    model or the strategy refuses. Only where that neither reads a person's data nor fetches anything."""
+    from streamcl import running
+
+    backbone = running.backbone_of(settings)
+    sources = [spec for spec in plugin_specs(settings.scenario) if spec.kind == "source"]
+    given = [
+        spec for spec in sources if spec.name.partition(":")[0] not in EMBEDDED or any(isinstance(o, Path) for o in spec.options.values())
+    ]
+    if given or not sources or backbone.plugin.module is None or backbone.plugin.name in FETCHED:
+        return False
+    from streamcl.engine import _from_plugin
+
+    try:
+        _set_up(settings, backbone)
+    except StreamclError:
+        raise
+    except Exception as error:
+        raise _from_plugin(error, "while the stream was opened, the model built and its first samples served") from error
+    return True
+
+
+def _set_up(settings: RunConfig, backbone: PluginSpec) -> None:
+    """The engine of a run whose model was never trained, on a CPU. What serves answers a few samples: some methods see what a model lacks
+    only when they ask it."""
+    import torch
+
+    from streamcl.engine import Engine
+    from streamcl.nn.model import GrowingHead
+    from streamcl.stream import asked
+
+    scenario, network = settings.scenario.build(), backbone.build()
+
+    def head() -> tuple[dict[str, Any], Sequence[str]]:
+        """In the place of the one that would have been trained."""
+        names = scenario.info.class_names
+        return dict(GrowingHead(network.dim, len(names)).state_dict()), names
+
+    engine = Engine(
+        scenario,
+        settings.strategy.build(),
+        network,
+        settings.memory.build(),
+        seed=settings.seed,
+        engine=dataclasses.replace(settings.engine, device="cpu", precision="auto", compile=False),
+        evaluate=settings.evaluate,
+        online=dataclasses.replace(settings.online, calibrate=0),
+        trained=head,
+    )
+    if engine.info.test_time:
+        samples = next(iter(scenario)).train
+        for batch in samples.read(torch.arange(min(len(samples), FIRST)), FIRST):
+            engine.strategy.adapt(engine.context.prepare(asked(batch, engine.info), train=False))
 
 
 def misnamed(settings: RunConfig) -> list[str]:

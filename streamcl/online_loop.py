@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,14 @@ from streamcl.adapting import AdaptingStrategy, copied, entropy
 from streamcl.deployed import Deployed
 from streamcl.errors import ConfigError, DataError
 from streamcl.guard import Guard
+from streamcl.late_labels import LateLabels
 from streamcl.nn.norms import Gathered, exchanged, with_values
 from streamcl.strategy import plugin_name
 from streamcl.stream import Batch, Prediction
 
 Mode = Literal["inline", "shadow"]
 AGAIN = 100  # batches after which a latency budget that adapting exceeds is tried again
-REMEMBERED = 1024  # batches whose answers wait for their labels
-FEEDBACK, FEWEST = 256, 32  # the labelled answers that are compared with the deployed model's: the newest, and not less than
+FEWEST = 32  # labelled answers by which the model that adapts is compared with the deployed one
 TOLD = 200  # events that `status` shows
 
 
@@ -105,7 +105,7 @@ class OnlineLoop:
         self.model = strategy.model
         self.served: nn.Module = served if served is not None else strategy.model
         self.prepare = prepare or (lambda batch: batch)
-        self.every, self.window, self.budget, self.promote_after, self.remember = every, window or 0, budget, promote, remember
+        self.every, self.window, self.budget, self.promote_after = every, window or 0, budget, promote
         self.version = self.newest = 0
         self.batches = self.samples = 0  # batches that passed the model which adapts, and samples that were answered
         self.cooling = 0  # batches that are still to be answered without an update
@@ -113,7 +113,6 @@ class OnlineLoop:
         self.happened: deque[dict[str, Any]] = deque(maxlen=TOLD)
         self._serving, self._learning, self._noting = threading.RLock(), threading.RLock(), threading.RLock()
         self._ids = 0  # the next sample's, where the samples come without
-        self._classes: int | None = None  # how many there are, from the first answer on
         self._lessons = 0  # batches and windows that could have been learned from
         self._warm: set[str] = set()
         self._recent: Batch | None = None  # the newest samples, up to a window of them
@@ -121,11 +120,7 @@ class OnlineLoop:
         self._costs: dict[str, float] = {}  # milliseconds of answering and of adapting, for each sample
         self._tried = 0  # the batch at which the budget was last tried
         self._since = 0  # updates since the last version
-        self._answers: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque(maxlen=REMEMBERED)
-        self._waiting: deque[Batch] = deque()  # samples that may yet be labelled
-        self._waits = 0  # how many they are
-        self._labelled: deque[tuple[bool, bool]] = deque(maxlen=FEEDBACK)  # whether the adapting model was right, and the deployed one
-        self._known = {"labelled": 0, "right": 0, "unknown": 0}
+        self.labels = LateLabels(int(remember))
         if mode == "shadow" and self._by_batch and strategy.gathered is None:
             strategy.gathered = Gathered(strategy.layers)
         self.versions: deque[Version] = deque(maxlen=keep)
@@ -238,17 +233,8 @@ class OnlineLoop:
         prediction.ids = batch.ids
         with self._noting:
             self.samples += len(batch)
-            if self.strategy.info.target != "class":
-                return prediction
-            decided, self._classes = prediction.scores.argmax(dim=1), prediction.scores.shape[1]
-            unknown = torch.full_like(decided, -1)
-            theirs = unknown if passed.frozen is None else passed.frozen.argmax(dim=1)
-            self._answers.append((batch.ids, decided, theirs, unknown if passed.decided is None else passed.decided))
-            if self.remember and bool((batch.ids >= 0).any()):  # a sample without an id gets no label
-                self._waiting.append(batch)
-                self._waits += len(batch)
-                while self._waits - len(self._waiting[0]) >= self.remember:
-                    self._waits -= len(self._waiting.popleft())
+        if self.strategy.info.target == "class":
+            self.labels.note(batch, prediction.scores, passed.frozen, passed.decided)
         return prediction
 
     # -- adapting ---------------------------------------------------------------------------------------------------------------
@@ -389,9 +375,13 @@ class OnlineLoop:
         """What is served after the guard has looked, and the deployed model's answer where it was made."""
         guard = self.guard
         assert guard is not None and prediction.scores is not None
-        certain = math.nan if self.strategy.info.target == "value" else float(entropy(prediction.scores.float()).mean())
+        if self.strategy.info.target == "value":
+            certain, sound = math.nan, _sound(prediction.scores)
+        else:  # one number read from the device says both: the entropy of an answer is finite where the answer can be served
+            certain = float(entropy(prediction.scores.float()).mean())
+            sound = math.isfinite(certain)
         due = look or guard.due(number, certain) or (self.mode == "shadow" and self._since >= self.promote_after)
-        if not due and _sound(prediction.scores):
+        if not due and sound:
             return prediction, None
         frozen = self._frozen(batch)
         answered, reference = self._compared(batch, prediction.scores, frozen)
@@ -447,11 +437,12 @@ class OnlineLoop:
             reason = guard.look_at_drift(self.distance())
         if reason is None and self.canary and number - self._canary_at >= guard.canary_every:
             reason = self._canaries(number)
-        if reason is None and len(self._labelled) >= FEWEST:
-            ours, theirs = (sum(int(one[which]) for one in self._labelled) for which in (0, 1))
-            reason = guard.look_at_labels(ours, theirs, sum(one[0] != one[1] for one in self._labelled), len(self._labelled))
+        compared = self.labels.compared
+        if reason is None and len(compared) >= FEWEST:
+            ours, theirs = (sum(int(one[which]) for one in compared) for which in (0, 1))
+            reason = guard.look_at_labels(ours, theirs, sum(one[0] != one[1] for one in compared), len(compared))
             if reason is not None:
-                self._labelled.clear()
+                compared.clear()
         return reason
 
     def _canaries(self, number: int) -> str | None:
@@ -573,7 +564,7 @@ class OnlineLoop:
             if self.mode == "shadow":
                 self.serve(number, chosen.weights if chosen else {})
             self.version, self._since = number, 0
-            self._labelled.clear()
+            self.labels.compared.clear()
             if self.guard is not None:
                 self.guard.forget()
             self._tell("rollback", "asked for", version=number)
@@ -588,7 +579,7 @@ class OnlineLoop:
                 self.serve(0, {})
             self.version = self.cooling = self._since = self._new = 0
             self._recent = None
-            self._labelled.clear()
+            self.labels.compared.clear()
             if self.guard is not None:
                 self.guard.restart()
             self._tell("reset", "asked for", version=0)
@@ -609,8 +600,9 @@ class OnlineLoop:
             return {"version": self.version, "snapshot": self.strategy.snapshot(), "weights": copied(self.served_weights())}
 
     def state(self) -> dict[str, Any]:
-        """All that the loop needs to go on where it was, as a tree of tensors and JSON values, but for samples that wait for their labels
-        and the canary, which is given anew. `restore` takes it, on a loop that was made in the same way."""
+        """All that the loop needs to go on where it was, as a tree of tensors and JSON values, but for the canary, which is given anew, and
+        for samples: what they were answered is kept, so that labels which come later are matched and scored, and they are not.
+        `restore` takes it, on a loop that was made in the same way."""
         with self._entered():
             recent = self._recent
             return {
@@ -623,11 +615,10 @@ class OnlineLoop:
                 "versions": [
                     {"number": one.number, "batch": one.batch, "snapshot": one.snapshot, "weights": one.weights} for one in self.versions
                 ],
-                "counts": {"loop": dict(self.counts), "strategy": dict(self.strategy.counts), "known": dict(self._known)},
+                "counts": {"loop": dict(self.counts), "strategy": dict(self.strategy.counts)},
                 "numbers": [self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at, self._lessons],
                 "recent": None if recent is None else {"inputs": recent.inputs, "ids": recent.ids, "present": recent.present},
-                "labelled": [list(one) for one in self._labelled],
-                "answers": self._answered(),
+                "labels": self.labels.state(),
                 "events": [dict(one) for one in self.happened],
                 "guard": None if self.guard is None else self.guard.state(),
             }
@@ -655,18 +646,14 @@ class OnlineLoop:
             self.versions.clear()
             self.versions.extend(Version(int(v["number"]), int(v["batch"]), v["snapshot"], v["weights"]) for v in state["versions"])
             counts = state["counts"]
-            self.counts, self.strategy.counts, self._known = dict(counts["loop"]), dict(counts["strategy"]), dict(counts["known"])
+            self.counts, self.strategy.counts = dict(counts["loop"]), dict(counts["strategy"])
             self.batches, self.samples, self.cooling, self._since, self._new, self._canary_at, self._lessons = state["numbers"]
             self._fisher, self._ids = dict(state["fisher"]), int(state["ids"])
             recent = state["recent"]
             self._recent = (
                 None if recent is None else Batch(dict(recent["inputs"]), None, recent["ids"], recent["present"]).to(self.context.device)
             )
-            self._labelled.clear()
-            self._labelled.extend((bool(ours), bool(theirs)) for ours, theirs in state["labelled"])
-            self._answers.clear()
-            if (answers := state["answers"]) is not None:
-                self._answers.append((answers[0], answers[1], answers[2], answers[3]))
+            self.labels.restore(state["labels"])
             self.happened.clear()
             self.happened.extend(dict(one) for one in state["events"])
             if self.guard is not None and state["guard"] is not None:
@@ -696,89 +683,22 @@ class OnlineLoop:
         with self._entered():
             if self.strategy.info.target != "class":
                 raise ConfigError("feedback takes classes, and this model's answers are something else")
-            try:
-                ids, targets = torch.as_tensor(ids).cpu(), torch.as_tensor(targets).cpu()
-            except (TypeError, ValueError, RuntimeError):
-                raise DataError("feedback is one id and one class (a whole number) for each sample") from None
-            if not len(ids):
-                targets = targets.long()
-            if ids.dim() != 1 or targets.shape != ids.shape or targets.is_floating_point():
-                raise DataError("feedback is one id and one class (a whole number) for each sample")
-            if len(ids) != len(ids.unique()):
-                raise DataError("feedback names an id twice: give each sample one label")
-            wrong = (targets < 0) | (targets >= self._classes) if self._classes is not None else targets < 0
-            if bool(wrong.any()):
-                raise DataError(f"feedback holds class {int(targets[wrong][0])}, and the model has classes 0 to {(self._classes or 1) - 1}")
-            if correct and not self.remember:
+            ids, targets = self.labels.checked(ids, targets)
+            if correct and not self.labels.remember:
                 raise ConfigError("to learn from labels that come late the loop must keep the samples until then: set remember")
-            found, left = 0, torch.ones(len(ids), dtype=torch.bool)
-            with self._noting:
-                answers = list(self._answers)
-            for known, decided, frozen, adapting in reversed(answers):  # an id that comes again is the newest one's
-                at, which = _matches(known.cpu(), ids)
-                open_ = left[which] & (decided.cpu()[at] >= 0)
-                at, which = at[open_], which[open_]
-                if not len(at):
-                    continue
-                left[which], found = False, found + len(at)
-                said, theirs, ours, told = decided.cpu()[at], frozen.cpu()[at], adapting.cpu()[at], targets[which]
-                decided[at.to(decided.device)] = -2  # a label counts once
-                self._known["labelled"] += len(at)
-                self._known["right"] += int((said == told).sum())
-                if bool((theirs < 0).any()):
-                    later = self._frozen_on(known.cpu()[at][theirs < 0])
-                    theirs = theirs if later is None else theirs.masked_scatter(theirs < 0, later)
-                both, ours = theirs >= 0, torch.where(ours < 0, said, ours)
-                self._labelled.extend(zip((ours == told)[both].tolist(), (theirs == told)[both].tolist(), strict=True))
-            self._known["unknown"] += len(ids) - found
-            learned = self._correct(ids, targets) if correct else 0
-            return {**self._figures_of_labels(), "found": found, "learned": learned}
+            found = self.labels.take(ids, targets, self._frozen)
+            learned = self._correct(self.labels.labelled(ids, targets)) if correct else 0
+            return {**self.labels.figures(), "found": found, "learned": learned}
 
-    def _answered(self) -> list[Tensor] | None:
-        """What was answered and may yet be labelled: ids, decisions, those of the deployed model and of the one that adapts, -1 where
-        unknown. None where nothing was."""
-        with self._noting:
-            held = list(self._answers)
-        return [torch.cat([one[place].cpu() for one in held]) for place in range(4)] if held else None
-
-    def _frozen_on(self, ids: Tensor) -> Tensor | None:
-        """What the deployed model decides for these samples, if all of them are still there."""
-        held = self._held(ids)
-        if held is None or len(held) < len(ids):
-            return None
-        order = {int(one): place for place, one in enumerate(held.ids.tolist())}
-        decided = self._frozen(held).argmax(dim=1).cpu()
-        return decided[torch.tensor([order[one] for one in ids.tolist()])]
-
-    def _held(self, ids: Tensor) -> Batch | None:
-        with self._noting:
-            waiting = list(self._waiting)
-        parts = [one[torch.isin(one.ids, ids.to(one.ids.device)).nonzero().squeeze(1)] for one in waiting]
-        parts = [one for one in parts if len(one)]
-        return Batch.cat(parts) if parts else None
-
-    def _correct(self, ids: Tensor, targets: Tensor) -> int:
-        held = self._held(ids)
-        if held is None:
+    def _correct(self, samples: Batch | None) -> int:
+        if samples is None:
             return 0
-        order = {int(one): place for place, one in enumerate(ids.tolist())}
-        rows = torch.tensor([order[one] for one in held.ids.tolist()])
-        self.strategy.correct(held.replace(target=targets[rows].to(held.ids.device)))
+        self.strategy.correct(samples)
         self._since += 1
         if self.mode == "inline":
             self.newest += 1
             self.version = self.newest
-        return len(held)
-
-    def _figures_of_labels(self) -> dict[str, Any]:
-        labelled, compared = self._known["labelled"], len(self._labelled)
-        return {
-            **self._known,
-            "accuracy": self._known["right"] / labelled if labelled else None,
-            "compared": compared,
-            "recent_accuracy": sum(one[0] for one in self._labelled) / compared if compared else None,
-            "recent_accuracy_frozen": sum(one[1] for one in self._labelled) / compared if compared else None,
-        }
+        return len(samples)
 
     # -- before, and what is told -----------------------------------------------------------------------------------------------
 
@@ -847,7 +767,7 @@ class OnlineLoop:
                 "cooling": self.cooling,
                 **{name: round(value, 5) for name, value in guard.figures.items()},
             },
-            "feedback": self._figures_of_labels(),
+            "feedback": self.labels.figures(),
             "events": [dict(one) for one in self.happened],
         }
 
@@ -859,16 +779,6 @@ class OnlineLoop:
 
     def _count(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
-
-
-def _matches(known: Tensor, asked_for: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the known ids are asked for, and where each stands among those."""
-    if not len(asked_for):
-        return asked_for, asked_for
-    order = asked_for.argsort()
-    place = torch.searchsorted(asked_for[order], known).clamp(max=len(asked_for) - 1)
-    at = (asked_for[order][place] == known).nonzero().squeeze(1)
-    return at, order[place[at]]
 
 
 def _fits(recent: Batch | None, batch: Batch) -> bool:
@@ -891,16 +801,3 @@ def _last(prediction: Prediction, count: int) -> Prediction:
 def _sound(scores: Tensor) -> bool:
     """Whether scores can be served; minus infinity is a class that is masked."""
     return not bool((scores.isnan() | scores.isposinf()).any())
-
-
-if TYPE_CHECKING:
-    from streamcl.deploying import online as online
-else:
-
-    def __getattr__(name: str) -> Any:
-        """`online` is made of the loop, and has always been found here."""
-        if name != "online":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from streamcl.deploying import online
-
-        return online

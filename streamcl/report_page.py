@@ -429,7 +429,7 @@ class Block:
 
     start: int
     end: int
-    accuracy: float | None
+    score: float | None  # accuracy, or the mean absolute error of values
     deployed: float | None
     entropy: float | None
     adapted: int  # samples adapted to since the stream began
@@ -442,6 +442,7 @@ class Served:
     blocks: list[Block] = field(default_factory=list)
     segments: list[tuple[int, str, int, int]] = field(default_factory=list)  # number, name, and from which sample up to which
     guard: list[dict[str, Any]] = field(default_factory=list)
+    metric: str = "accuracy"
 
     @property
     def samples(self) -> int:
@@ -486,7 +487,8 @@ def read_served(directory: Path) -> Served:
     for task in sorted(told):
         first = at
         for one in told[task]:
-            figures = one["accuracy"], one["accuracy_frozen"], one["entropy"]
+            served.metric = "mae" if "mae" in one else "accuracy"
+            figures = one[served.metric], one[f"{served.metric}_frozen"], one.get("entropy")
             served.blocks.append(Block(at, one["samples"], *figures, (one.get("counts") or {}).get("adapted", 0)))
             at = one["samples"]
         served.segments.append((task, names.get(task, f"segment {task + 1}"), first, at))
@@ -514,7 +516,7 @@ def _joined(blocks: Sequence[Block]) -> Block:
     return Block(
         blocks[0].start,
         blocks[-1].end,
-        mean(lambda block: block.accuracy),
+        mean(lambda block: block.score),
         mean(lambda block: block.deployed),
         mean(lambda block: block.entropy),
         blocks[-1].adapted,
@@ -522,23 +524,26 @@ def _joined(blocks: Sequence[Block]) -> Block:
 
 
 def _served(count: Iterator[int], tables: Iterator[int], served: Served, everyone: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Over the samples served: accuracy beside the deployed model's, entropy, how many were adapted to, and what the guard did."""
+    """Over the samples served: the score beside the deployed model's, entropy, how many were adapted to, and what the guard did."""
     did = _guard(tables, served)
     if not served.blocks:
         return [did]
     blocks = _pooled(served)
     beside = [
-        (name, _pooled(other)) for run, name in zip(everyone[1:], names[1:], strict=True) if (other := read_served(run.directory)).blocks
+        (name, _pooled(other))
+        for run, name in zip(everyone[1:], names[1:], strict=True)
+        if (other := read_served(run.directory)).blocks and other.metric == served.metric
     ]
     series = [
-        Line(names[0], [(block.start, block.end, block.accuracy) for block in blocks], 0),
+        Line(names[0], [(block.start, block.end, block.score) for block in blocks], 0),
         Line("as deployed", [(block.start, block.end, block.deployed) for block in blocks], 1),
-        *(Line(name, [(b.start, b.end, b.accuracy) for b in other], 2 + i) for i, (name, other) in enumerate(beside)),
+        *(Line(name, [(b.start, b.end, b.score) for b in other], 2 + i) for i, (name, other) in enumerate(beside)),
     ]
     labels, common = _segment_names(served)
-    percent = Scale([], digits=0, percent=True)
+    shares = served.metric == "accuracy"
+    scale, what = Scale([], digits=0, percent=shares), "Accuracy" if shares else "Mean absolute error"
     each = max(block.end - block.start for block in blocks)
-    caption = f"<b>Accuracy of what was served</b>, a step for each {_spaced(each)} samples"
+    caption = f"<b>{what} of what was served</b>{'' if shares else ' (less is better)'}, a step for each {_spaced(each)} samples"
     caption += (
         ", and of the model as it was deployed on the same samples." if series[1].known else "; the deployed model was not run beside."
     )
@@ -551,7 +556,9 @@ def _served(count: Iterator[int], tables: Iterator[int], served: Served, everyon
         Line("adapted to", [(0, 0, 0.0), *((block.end, block.end, float(block.adapted)) for block in blocks)], 0, steps=False),
         Line("served", [(0, 0, 0.0), (served.samples, served.samples, float(served.samples))], 1, steps=False),
     ]
-    parts = [_figure(count, _over_samples(series, served, WIDTH, 270, percent.score, "Accuracy", labels=labels, ceiling=1.0), caption)]
+    top = 1.0 if shares else None
+    drawn = _over_samples(series, served, WIDTH, 270, scale.score, what, labels=labels, from_zero=not shares, ceiling=top)
+    parts = [_figure(count, drawn, caption)]
     parts.append('<div class="pair">')
     told = "<b>Mean entropy</b> of the answers, in nats: low where the model is certain, rightly or not."
     parts.append(_figure(count, _over_samples(certain, served, HALF, 170, lambda value: f"{value:.3g}", "Entropy", from_zero=True), told))

@@ -74,6 +74,79 @@ def test_without_replay_it_is_fine_tuning(tmp_path: Path) -> None:
     assert mine["matrix"] == scores(tmp_path, {"name": "finetune"})["matrix"]
 '''
 
+ADAPTING = '''"""CLASS: lower the entropy of the answers, of those alone that are certain already.
+
+No label ever arrives: the method goes by what the model itself answers, and changes weight and bias of its normalisation layers. An answer
+is certain where its entropy is below `margin` times ln(classes), the largest that there is.
+
+Say here what your method does, in the words of its paper, what its defaults are and where they come from.
+`streamcl show NAME.py` prints this text with the options below.
+
+Author, Title, Venue, year.
+"""
+
+from __future__ import annotations
+
+import math
+
+from streamcl.adapting import AdaptingStrategy, entropy
+from streamcl.options import PositiveFloat
+from streamcl.stream import Batch
+from torch import Tensor
+
+
+class CLASS(AdaptingStrategy):
+    def __init__(self, *, margin: PositiveFloat = 0.4, **options) -> None:
+        super().__init__(**options)  # optimizer and answer: `options` are those of every AdaptingStrategy
+        self.margin = margin
+
+    def loss(self, batch: Batch, logits: Tensor) -> Tensor | None:
+        uncertain = entropy(logits)  # (batch,)
+        kept = uncertain < self.margin * math.log(logits.shape[1])
+        return uncertain[kept].mean() if kept.any() else None  # None: nothing to learn from this batch
+'''
+
+ADAPTING_CONFIG = """# streamcl run NAME.yaml, or streamcl adapt NAME.yaml: under guard, beside the model as it was deployed
+# Any option can be changed on the command line: streamcl adapt NAME.yaml strategy.margin=0.8 scenario.severity=3
+seed: 0
+scenario: {name: test_time, data: digits, corruptions: [fog, contrast, gaussian_noise], batch: 64}
+strategy: NAME.py:CLASS
+model:
+  backbone: {name: convnet, width: 16, blocks: 2}
+  pretrain:  # the model that is deployed: trained once, and kept
+    scenario: {name: class_incremental, data: digits, tasks: 1}
+    strategy: {name: finetune, epochs: 10}
+"""
+
+ADAPTING_TEST = '''"""What CLASS promises."""
+
+from pathlib import Path
+
+import streamcl
+import torch
+from torch import Tensor, nn
+
+FILE = Path(__file__).with_name("NAME.py")
+
+
+def answers(strategy) -> tuple[Tensor, dict]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    loop = streamcl.online(model, strategy, guard=False, window=None)
+    return torch.cat([loop(torch.randn(32, 8)).scores for _ in range(5)]), loop.status()["counts"]
+
+
+def test_where_every_answer_is_certain_enough_it_is_tent() -> None:
+    mine, counts = answers({"name": f"{FILE}:CLASS", "margin": 2.0})
+    assert torch.equal(mine, answers("tent")[0]) and counts["updates"] == 5
+
+
+def test_where_no_answer_is_certain_nothing_is_learned() -> None:
+    mine, counts = answers({"name": f"{FILE}:CLASS", "margin": 1e-9})
+    torch.testing.assert_close(mine, answers("bn_adapt")[0])
+    assert counts == {"skipped": 5}
+'''
+
 SCENARIO = '''"""CLASS: the classes of a data set arrive a few at a time, in an order drawn by the seed.
 
 Say here what your stream is, where its protocol comes from, and what it is meant to show.
@@ -166,14 +239,25 @@ def test_every_training_sample_is_in_the_task_of_its_class_and_in_no_other() -> 
         assert set(task.train.targets.tolist()) == set(scenario.test(task, tasks[-1]).targets.tolist()) == set(task.classes)
 '''
 
-TEMPLATES = {"strategy": (STRATEGY, STRATEGY_CONFIG, STRATEGY_TEST), "scenario": (SCENARIO, SCENARIO_CONFIG, SCENARIO_TEST)}
+TEMPLATES = {
+    "strategy": (STRATEGY, STRATEGY_CONFIG, STRATEGY_TEST),
+    "scenario": (SCENARIO, SCENARIO_CONFIG, SCENARIO_TEST),
+    "adapting": (ADAPTING, ADAPTING_CONFIG, ADAPTING_TEST),
+}
+KINDS = ("learning", "adapting")  # of strategies
 
 
-def new(kind: str, name: str, folder: Path = Path()) -> str:
-    """Write NAME.py, NAME.yaml and test_NAME.py into the folder; what was written, and the commands that run it."""
-    if kind not in TEMPLATES:
-        raise ConfigError(f"there is no template of a {kind!r}{near_name(kind, TEMPLATES) or '; there are ' + ' and '.join(TEMPLATES)}")
-    class_name = _class_name(kind, name)
+def new(kind: str, name: str, folder: Path = Path(), of: str | None = None) -> str:
+    """Write NAME.py, NAME.yaml and test_NAME.py into the folder; what was written, and the commands that run it.
+
+    `of` is the kind of strategy: one that learns from tasks, or one that adapts to what it serves.
+    """
+    if kind not in (known := ("strategy", "scenario")):
+        raise ConfigError(f"there is no template of a {kind!r}{near_name(kind, known) or '; there are ' + ' and '.join(known)}")
+    if of is not None and (kind != "strategy" or of not in KINDS):
+        raise ConfigError(f"--kind is {of!r}: it says what a strategy does, {' or '.join(KINDS)}")
+    templates = TEMPLATES["adapting" if of == "adapting" else kind]
+    class_name = _class_name(kind, name, templates[0])
     files = [folder / f"{name}.py", folder / f"{name}.yaml", folder / f"test_{name}.py"]
     there = [str(file) for file in files if file.exists()]
     if there:
@@ -182,7 +266,7 @@ def new(kind: str, name: str, folder: Path = Path()) -> str:
         raise ConfigError(f"{name!r} is a module that Python finds already, and a file of this name would hide it: choose another name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file, template in zip(files, TEMPLATES[kind], strict=True):
+        for file, template in zip(files, templates, strict=True):
             with file.open("x", encoding="utf-8") as written:
                 written.write(template.replace("CLASS", class_name).replace("NAME", name))
     except OSError as error:
@@ -191,7 +275,7 @@ def new(kind: str, name: str, folder: Path = Path()) -> str:
     return f"wrote {module}, {config} and {test}\n\n  run it    streamcl run {config}\n  test it   python -m pytest {test}"
 
 
-def _class_name(kind: str, name: str) -> str:
+def _class_name(kind: str, name: str, template: str) -> str:
     """MyMethod for my_method; refuses what cannot be the name of a plug-in's file."""
     if not (name.isidentifier() and name.isascii() and name == name.lower() and name[0] != "_") or keyword.iskeyword(name):
         raise ConfigError(
@@ -200,6 +284,6 @@ def _class_name(kind: str, name: str) -> str:
     if name in plugins(kind, []):
         raise ConfigError(f"there is a {kind} {name!r} already (streamcl show {name}): choose another name")
     class_name = "".join(part.capitalize() for part in name.split("_"))
-    if class_name in {node.id for node in ast.walk(ast.parse(TEMPLATES[kind][0])) if isinstance(node, ast.Name)}:
+    if class_name in {node.id for node in ast.walk(ast.parse(template)) if isinstance(node, ast.Name)}:
         raise ConfigError(f"the class of {name!r} would hide {class_name}, which it needs: choose another name")
     return class_name

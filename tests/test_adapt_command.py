@@ -62,6 +62,19 @@ def test_a_configuration_is_served_under_guard_beside_the_deployed_model(tmp_pat
     assert frozen["final"] == scores["heads"]["frozen"]["final"] and source.startswith(f"accuracy {frozen['final']:.4f}")
 
 
+def test_of_a_stream_of_values_the_errors_that_are_told_are_those_that_are_scored(tmp_path: Path) -> None:
+    scores = running.run({**small_run("casp"), "log": ["jsonl", "report"], "online": {"frozen": True}}, out=tmp_path / "run")
+    told, blocks = events(tmp_path / "run", "served"), [0.0, 0.0]
+    before = 0
+    for one in told:
+        blocks = [total + one[name] * (one["samples"] - before) for total, name in zip(blocks, ("mae", "mae_frozen"), strict=True)]
+        before = one["samples"]
+    expected = [of["metrics"]["mae"]["final"] if of["metric"] != "mae" else of["final"] for of in (scores, scores["heads"]["frozen"])]
+    assert [total / before for total in blocks] == pytest.approx(expected, rel=1e-5)
+    assert not {"accuracy", "entropy"} & told[0].keys()
+    assert "Mean absolute error of what was served" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_what_a_configuration_says_of_its_loop_is_what_it_means() -> None:
     from streamcl.adapt import _on
 

@@ -391,8 +391,35 @@ def test_check_sees_more_tasks_than_classes_and_a_device_that_is_not_there(
     assert streamcl("check", "config.yaml", *overrides) == (2, "", f"streamcl: {message}\n")
 
 
+@pytest.mark.parametrize(
+    ("shipped", "override", "message"),
+    [
+        ("test_time/tent", "model.backbone=mlp", "tent adapts weight and bias of normalisation layers.*this model has none"),
+        ("test_time/tent", "strategy=sumi", "sumi.*modalit"),
+        ("test_time/casp", "strategy=tent", "the target of this stream is value"),
+        ("test_time/tent", "strategy=er", "er learns from labels"),
+        ("test_time/tent", "scenario.part=train online.guard=true online.canary=8", "needs data from before any shift"),
+        ("quickstart", "strategy=tent", "it belongs on a test-time stream"),
+        ("quickstart", "strategy=cggm", "does not keep an encoder for each modality"),
+        ("quickstart", "strategy=er memory.exemplars=0", "er needs exemplars"),
+    ],
+)
+def test_check_lets_the_stream_the_model_and_the_method_refuse_each_other_and_trains_nothing(
+    shipped: str, override: str, message: str, streamcl: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMCL_CACHE", str(tmp_path / "cache"))
+    before = names(tmp_path)
+    code, out, err = streamcl("check", shipped)
+    assert code == 0 and out.endswith("the stream was opened and the model built, and the strategy takes both; nothing was trained\n"), err
+    code, _, err = streamcl("check", shipped, *override.split())
+    assert code == 2 and re.search(message, err) and err.count("\n") == 1
+    assert names(tmp_path) == before
+
+
 def test_check_says_what_it_does_not_check(streamcl: Callable[..., Answer], tmp_path: Path) -> None:
-    assert "not checked, because the data was not read: whether its form fits" in streamcl("check", "config.yaml")[1]
+    unread = "not checked, because the data was not read: whether its form fits"
+    assert unread in streamcl("check", "config.yaml", "scenario.data=torchvision:MNIST")[1]
+    assert unread in streamcl("check", "config.yaml", "model.backbone=timm:resnet18")[1]
     write(tmp_path / "data.yaml", scenario={"data": table(tmp_path / "t.csv", "1,2,x"), "tasks": 2})
     assert "not checked, because the data was not read: how many classes it has" in streamcl("check", "data.yaml")[1]
 

@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import streamcl
 from streamcl.errors import ConfigError
@@ -217,6 +218,46 @@ def test_answers_that_are_not_finite_are_never_served(deployed: Any) -> None:
     answer = loop(x[32:64])
     assert bool(answer.scores.isfinite().all()) and answer.version == 0
     assert bool(model[5].weight.isfinite().all())
+    assert loop.status()["events"][-1]["reason"].startswith("an answer is not finite")
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors, for each of which a device is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_that_is_not_compared_costs_one_number_read_from_the_device(deployed: Any) -> None:
+    model, x, _ = deployed
+    counts = []
+    for guard in (False, {"compare": 1000}):
+        loop = streamcl.online(model, "tent", guard=guard)
+        for _ in range(8):
+            loop(x[:64])
+        with Reads() as reads:
+            loop(x[:64])
+        counts.append(reads.count)
+        loop.reset(), loop.close()
+    assert counts[1] == counts[0] + 1
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_answers_that_are_not_finite_are_seen_on_the_batch_itself_whether_or_not_it_is_compared(bad: float, deployed: Any) -> None:
+    model, x, _ = deployed
+    wrong: list[int] = []
+    loop = streamcl.online(model, "bn_adapt", guard={"compare": 1000}, forward=lambda m, inputs: spoilt(m(inputs)))
+
+    def spoilt(logits: Tensor) -> Tensor:
+        return logits.masked_fill(torch.arange(len(logits))[:, None] == 3, bad) if wrong else logits
+
+    for _ in range(8):
+        loop(x[:64])
+    wrong.append(1)
+    loop(x[:64])
     assert loop.status()["events"][-1]["reason"].startswith("an answer is not finite")
 
 

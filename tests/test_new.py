@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from streamcl.adapt import adapt
 from streamcl.cli import main
 from streamcl.errors import ConfigError
 from streamcl.running import run
@@ -20,8 +22,10 @@ def test_what_is_written_runs_and_its_tests_are_green(
     monkeypatch.chdir(tmp_path)
     told = new("strategy", "my_method", tmp_path / "mine")
     new("scenario", "my_stream", tmp_path / "mine")
+    new("strategy", "my_tent", tmp_path / "mine", "adapting")
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
-        *("my_method.py", "my_method.yaml", "my_stream.py", "my_stream.yaml", "test_my_method.py", "test_my_stream.py")
+        *("my_method.py", "my_method.yaml", "my_stream.py", "my_stream.yaml", "my_tent.py", "my_tent.yaml"),
+        *("test_my_method.py", "test_my_stream.py", "test_my_tent.py"),
     ]
     command = next(line.split("run it")[1].split() for line in told.splitlines() if "run it" in line)
     monkeypatch.setattr(sys, "argv", command)
@@ -30,7 +34,7 @@ def test_what_is_written_runs_and_its_tests_are_green(
     assert stop.value.code == 0 and "MyMethod on class_incremental" in capsys.readouterr().out
     assert (tmp_path / "runs/my_method/report.html").is_file()
     tested = subprocess.run([sys.executable, "-m", "pytest", "-q", "mine"], cwd=tmp_path, capture_output=True, text=True)
-    assert tested.returncode == 0 and "2 passed" in tested.stdout, tested.stdout
+    assert tested.returncode == 0 and "4 passed" in tested.stdout, tested.stdout
 
 
 def test_the_new_scenario_is_a_stream_that_strategies_learn_from(tmp_path: Path) -> None:
@@ -40,6 +44,20 @@ def test_the_new_scenario_is_a_stream_that_strategies_learn_from(tmp_path: Path)
     assert len(scores["matrix"]) == len(scores["validation"]["matrix"]) == 5
     with pytest.raises(ConfigError, match="MyStream needs a class for each of the 11 tasks"):
         run(tmp_path / "my_stream.yaml", ["scenario.tasks=11"], tmp_path / "refused")
+
+
+def test_the_new_method_that_adapts_is_served_under_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMCL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["streamcl", "new", "strategy", "my_tent", "--kind", "adapting", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    adapt(str(tmp_path / "my_tent.yaml"), overrides=["scenario.samples=256", "log=[]"], out=tmp_path / "run")
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["final"] > scores["heads"]["frozen"]["final"] + 0.05
+    for kind, of in (("scenario", "adapting"), ("strategy", "adaptive")):
+        with pytest.raises(ConfigError, match=f"--kind is '{of}': it says what a strategy does, learning or adapting"):
+            new(kind, "mine", tmp_path, of)
 
 
 @pytest.mark.parametrize(

@@ -587,3 +587,41 @@ def test_learning_from_late_labels_lowers_their_loss() -> None:
     for _ in range(10):
         loop.feedback(ids, target, correct=True)
     assert loss() < before - 0.05
+
+
+def test_labels_of_what_was_answered_before_a_restore_are_matched_scored_and_forgotten_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamcl.late_labels.REMEMBERED", 6)
+
+    def made() -> streamcl.OnlineLoop:
+        return streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, window=None)
+
+    def asked(loop: streamcl.OnlineLoop, first: int) -> dict[str, Any]:
+        return loop.feedback(torch.arange(first, first + 70, 7), torch.arange(10) % 4)
+
+    whole, parts = made(), made()
+    for number in range(5):
+        whole(pictures(16, number)), parts(pictures(16, number))
+    assert asked(whole, 3) == asked(parts, 3)
+    for start in (5, 8, 11):  # batch by batch the oldest go, however often it was restored
+        tree, values = flatten(parts.state())
+        parts = made()
+        parts.restore(unflatten(tree, {name: value.clone() for name, value in values.items()}))
+        told = asked(whole, 4 + 16 * (start - 5))
+        assert told == asked(parts, 4 + 16 * (start - 5)) and told["found"] > 0
+        for number in range(start, start + 3):
+            whole(pictures(16, number)), parts(pictures(16, number))
+    assert asked(whole, 50) == asked(parts, 50) and whole.status()["feedback"]["unknown"] > 0
+    assert sum(len(one[0]) for one in parts.labels.answers) == 6 * 16
+    with pytest.raises(DataError, match="the model has classes 0 to 3"):
+        fresh = made()
+        fresh.restore(parts.state())
+        fresh.feedback([200], [4])
+
+
+def test_after_a_restore_an_id_that_comes_again_is_not_taken_for_the_sample_that_had_it() -> None:
+    loop = streamcl.online(network(), {"name": "tent", "optimizer": {"lr": 0.05}}, guard=False, window=None, remember=64)
+    before = loop.state()
+    loop(pictures(16))
+    loop.restore(before)
+    found = loop.feedback([0], [1], correct=True)
+    assert (found["found"], found["learned"]) == (0, 0)

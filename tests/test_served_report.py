@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 
 import streamcl
+from streamcl.comparing import matrix_text
 from streamcl.evaluation import DEFINITIONS, summarise
 from streamcl.events import Event, Sink
 from streamcl.report_page import Block, read_served, render
@@ -135,7 +136,7 @@ def test_a_segment_that_was_served_again_counts_once(again: bool, tmp_path: Path
     begun = [task(1, "contrast, severity 5")] if again else []
     rest = [guard(664, version=2), served(1, 856, 0.9), scored(1, 0.9), served(1, 1000, 0.95)]
     found = read_served(made_up_run(tmp_path / "run", [*torn, started(resumed=True), *begun, *rest]))
-    assert [(block.end, block.accuracy) for block in found.blocks] == [(256, 0.5), (512, 0.75), (600, 1.0), (856, 0.9), (1000, 0.95)]
+    assert [(block.end, block.score) for block in found.blocks] == [(256, 0.5), (512, 0.75), (600, 1.0), (856, 0.9), (1000, 0.95)]
     assert [act["samples"] for act in found.guard] == [0, 664]
     assert found.segments[1] == (1, "contrast, severity 5", 600, 1000)
 
@@ -172,6 +173,31 @@ def test_the_page_draws_what_was_served_over_time_against_the_deployed_model(tmp
     assert "<th>fog, severity 5</th><td class=n>600</td><td class=n>62.5</td><td class=n>25.0</td><td class=n>37.5</td>" in page
     assert ">test set of task<" not in page  # each segment is served once: there is no matrix
     assert "<script" not in page and "://" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_of_values_the_error_is_drawn_against_the_deployed_models_and_there_is_no_entropy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(samples: int, mae: float) -> Event:
+        counts = {"updates": samples // 64, "adapted": samples}
+        fields = {"task": 0, "name": "segment 1", "samples": samples, "mae": mae, "mae_frozen": 1.5, "version": samples // 64}
+        return Event("served", {**fields, "counts": counts})
+
+    end = Event("scored", {**scored(0, 1.0).fields, "metric": "mae"})
+    stream = [started(), task(0, "fog, severity 5"), told(256, 1.5), told(512, 0.5), end]
+    run = made_up_run(tmp_path / "run", stream, status="interrupted")
+    assert read_served(run).metric == "mae" and read_served(run).blocks[1] == Block(256, 512, 0.5, 1.5, None, 512)
+    page = render(run, [made_up_run(tmp_path / "other", STREAM)])
+    drawn = figures(page)
+    assert ENTROPY not in drawn and ACCURACY not in drawn and ADAPTED in drawn
+    theirs, ours = curves(drawn["Mean absolute error over samples served"])  # a run of classes is not drawn beside
+    (first, last), (level, _) = ([float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", one)] for one in (ours, theirs))
+    assert first == level and last > first, "less is lower"
+    texts = {one.text for one in drawn["Mean absolute error over samples served"].iter("text")}
+    assert {"0", "0.5", "1.5"} <= texts and not any("%" in (text or "") for text in texts)
+    assert "<b>Mean absolute error of what was served</b> (less is better)" in page
+    play(Progress(plain_every=0), tmp_path, [started(), told(256, 1.5)])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("256 served, mae 1.5 (1.5 as deployed), version 4, 256 adapted to")
 
 
 def test_a_step_ends_where_its_samples_end(tmp_path: Path) -> None:
@@ -290,6 +316,37 @@ def test_progress_says_what_is_served_and_all_that_the_guard_does(tmp_path: Path
         "task 2/2: accuracy  87.5 % on all seen,  87.5 % on this task",
         "guard after 856 samples, promoted: the guard is content, version 9",
     ]
+
+
+def test_at_the_end_the_domains_are_listed_beside_the_deployed_model_and_there_is_no_matrix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {
+        "metric": "accuracy",
+        **summarise([[0.5], [None, 0.75], [None, None, 0.25]], [0.5, 0.75, 0.25]),
+        "per_domain": {"fog": 0.375, "contrast": 0.75},
+        "tasks": [{"name": name} for name in ("fog, round 1", "contrast, round 1", "fog, round 2")],
+        "heads": {"frozen": {"per_task": [0.25, 0.5, 0.25], "per_domain": {"fog": 0.25, "contrast": 0.5}, "final": 0.3125}},
+        "memory_bytes": 0,
+        "seconds": {"total": 1.0},
+    }
+    done = Event("run_finished", {"status": "done", "scores": scores, "report": None})
+    play(Progress(), tmp_path, [started(), done])
+    out = capsys.readouterr().out.splitlines()[2:]
+    table = [
+        "accuracy in % in each domain, as it was served",
+        "  domain    as served  as deployed  difference",
+        "  fog            37.5         25.0        12.5",
+        "  contrast       75.0         50.0        25.0",
+    ]
+    assert out == ["", *table, "", "final 25.0 % · as deployed 31.2 % · memory 0 B · 1.0 s"]
+    assert matrix_text(scores).splitlines() == table
+    bare = {**scores, "heads": None, "per_domain": None}
+    assert matrix_text(bare).splitlines()[1:3] == ["  segment            as served", "  fog, round 1            50.0"]
+    assert matrix_text({**bare, "tasks": None}).splitlines()[2:] == ["  1             50.0", "  2             75.0", "  3             25.0"]
+    learned = {**scores, **summarise([[0.5], [0.25, 0.75]], [0.5, 0.5])}
+    assert "after each task (down)" in matrix_text(learned)
+    assert "after each task (down)" in matrix_text({**scores, **summarise([[0.5]], [0.5])})
 
 
 def test_progress_of_a_long_stream_is_a_line_now_and_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines anywhere else, and the accuracy matrix at the end."""
+"""What a person sees while a run goes on: a live line in a terminal, plain lines anywhere else, and the accuracy matrix at the end (of a
+test-time stream a line for each domain)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from streamcl.comparing import matrix_cells, matrix_text, scored
+from streamcl.comparing import matrix_cells, matrix_text, scored, was_served
 from streamcl.events import Event, Sink
 from streamcl.options import NonNegativeFloat
 from streamcl.wording import Scale, duration, shortened, size
@@ -113,12 +114,12 @@ class Progress(Sink):
 
     def _served(self, fields: dict[str, Any]) -> None:
         self.name, self.latest = self._task(fields["task"]), fields["samples"]
-        scale = Scale([], percent=True)
-        accuracy, beside = scale.score(fields["accuracy"]), fields["accuracy_frozen"]
+        metric = "mae" if "mae" in fields else "accuracy"
+        scale, beside = Scale([], percent=metric == "accuracy"), fields[f"{metric}_frozen"]
         figures = [
             f"{self.latest} served",
-            f"accuracy {accuracy}" + ("" if beside is None else f" ({scale.score(beside)} as deployed)"),
-            f"entropy {fields['entropy']:.3g}",
+            f"{metric} {scale.score(fields[metric])}" + ("" if beside is None else f" ({scale.score(beside)} as deployed)"),
+            *([f"entropy {fields['entropy']:.3g}"] if "entropy" in fields else []),
             f"version {fields['version']}",
             f"{fields['counts'].get('adapted', 0)} adapted to",
         ]
@@ -154,6 +155,11 @@ class Progress(Sink):
         )
         self._say(f"  {text}   [{self.classes}]" if self.live is not None else text)
 
+    def _sample(self, fields: dict[str, Any]) -> None:
+        reward = "no reward" if fields["reward"] is None else f"reward {fields['reward']:.3g}"
+        question, answer = (shortened(" ".join(fields[name].split()), 60) for name in ("question", "answer"))
+        self._say(f"  {question} -> {answer or '(nothing)'}   [{reward}, {fields['length']} tokens]", "dim")
+
     def _warning(self, fields: dict[str, Any]) -> None:
         self._say(f"warning: {fields['message']}", "yellow")
 
@@ -174,10 +180,17 @@ class Progress(Sink):
         per_task = scores["per_task"]
         scale = Scale((value for row in [*scores["matrix"], per_task] for value in row), metric=scores["metric"])
         self._matrix(scores)
+        if was_served(scores):
+            deployed = (scores.get("heads") or {}).get("frozen")
+            beside = [f"as deployed {scale.score(deployed['final'])}"] if deployed else []
+        else:
+            beside = [
+                f"average incremental {scale.score(scores['average_incremental'])}",
+                f"forgetting {scale.difference(scores['forgetting'])}",
+            ]
         summary = [
             f"final {scale.score(scores['final'])}",
-            f"average incremental {scale.score(scores['average_incremental'])}",
-            f"forgetting {scale.difference(scores['forgetting'])}",
+            *beside,
             f"memory {size(scores['memory_bytes'])}",
             duration(scores["seconds"]["total"]),
         ]
@@ -202,7 +215,7 @@ class Progress(Sink):
 
     def _matrix(self, scores: dict[str, Any]) -> None:
         self._say("")
-        if self.live is None:
+        if self.live is None or was_served(scores):
             self._say(matrix_text(scores))
             return
         title, header, cells, values, scale = matrix_cells(scores, shutil.get_terminal_size((100, 24)).columns)
