@@ -109,9 +109,13 @@ def test_it_brings_back_what_a_shift_took_and_loses_it_where_a_batch_holds_one_c
     assert shuffled > accuracy(started("bn_adapt", convolutions()), by_class) + 0.03
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("form", [(6, 3, 5, 7), (50, 3, 2, 2), (1, 3, 4, 4), (200, 3, 1, 1), (200, 3), (20, 3, 9), (3, 3, 2, 3, 4)])
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1e4])
-def test_mean_and_variance_are_right_where_sums_of_squares_would_cancel(offset: float) -> None:
-    values = torch.randn(6, 3, 5, 7, generator=torch.Generator().manual_seed(0)) + torch.tensor([offset, -offset, 0.0])[:, None, None]
+def test_mean_and_variance_are_right_where_sums_of_squares_would_cancel(offset: float, form: tuple[int, ...], last: bool) -> None:
+    away = torch.tensor([offset, -offset, 0.0]).view(1, 3, *[1] * (len(form) - 2))
+    values = torch.randn(form, generator=torch.Generator().manual_seed(0)) + away
+    values = values.movedim(1, -1).contiguous().movedim(-1, 1) if last else values
     mean, variance = moments(values)
     exact = values.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(dim=1), rtol=1e-5, atol=1e-6)

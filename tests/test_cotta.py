@@ -8,7 +8,7 @@ import pytest
 import torch
 from streamcl.strategies.test_time import _augmenting
 from streamcl.strategies.test_time._augmenting import Pixels, strong
-from streamcl.strategies.test_time.cotta import Cotta
+from streamcl.strategies.test_time.cotta import Cotta, scattered
 from test_lame import CLASSES, INFO, answers, deployed, goes_back_exactly, learns_nothing_from_predicting, same, served, small_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -68,10 +68,12 @@ def test_one_update_is_the_papers_by_hand(symmetric: bool) -> None:
     if symmetric:
         loss = loss / 2 - (p * q.log()).sum(1).mean() / 2
     names, values = zip(*model.named_parameters(), strict=True)
+    chosen, passed = scattered(sum(value.numel() for value in values), r, drawn), 0
     for name, value, gradient in zip(names, values, torch.autograd.grad(loss, values), strict=True):
         stepped = value.detach() - 0.1 * gradient
         assert torch.allclose(cotta.weights()[name], m * value.detach() + (1 - m) * stepped, atol=1e-5), name
-        home = torch.rand(value.shape, generator=drawn) < r
+        home = torch.isin(torch.arange(value.numel()) + passed, chosen).view(value.shape)
+        passed += value.numel()
         assert torch.allclose(cotta.adapted[name], torch.where(home, value.detach(), stepped), atol=1e-5), name
 
 
@@ -102,6 +104,31 @@ def test_a_share_of_the_weights_goes_home() -> None:
     answers(cotta, batches[:1])
     home = sum(int((value == cotta.source[name]).sum()) for name, value in cotta.adapted.items())
     assert 0.2 < home / sum(value.numel() for value in cotta.adapted.values()) < 0.35
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9, 0.01, 0.3, 0.97, 1.0])
+def test_those_that_are_scattered_are_each_chosen_with_their_share(share: float) -> None:
+    drawn, count, times = torch.Generator().manual_seed(0), 50, 4000
+    rounds = [scattered(count, share, drawn) for _ in range(times)]
+    assert all((one.diff() > 0).all() for one in rounds), "none twice, in their order"
+    chosen = torch.zeros(times, count).index_put_(
+        (torch.arange(times).repeat_interleave(torch.tensor([len(one) for one in rounds])), torch.cat(rounds)), torch.ones(())
+    )
+    close = 5 * (share * (1 - share) / times) ** 0.5  # standard deviations of a mean
+    assert float((chosen.mean(0) - share).abs().max()) <= close, "everywhere equally often, at both ends too"
+    pairs = (chosen[:, 1:] * chosen[:, :-1]).mean()
+    assert abs(float(pairs) - share**2) <= 5 * (share**2 / (times * count)) ** 0.5, "whatever its neighbour is"
+    assert len(scattered(0, share, drawn)) == 0
+
+
+def test_weights_that_lie_channels_last_go_home_as_well() -> None:
+    cotta = deployed(Cotta(views=0, r=1.0), model=small_model().to(memory_format=torch.channels_last))
+    with torch.no_grad():
+        for value in cotta.adapted.values():
+            value.add_(1.0)
+    cotta.restore_some()
+    assert any(not value.is_contiguous() for value in cotta.adapted.values())
+    assert all(torch.equal(value, cotta.source[name]) for name, value in cotta.adapted.items())
 
 
 def test_a_step_that_is_not_finite_moves_neither_of_them() -> None:
@@ -154,11 +181,11 @@ def test_under_autocast_each_of_the_three_answers_by_its_own_weights() -> None:
     cotta = deployed(Cotta(views=1, p_th=1.0, r=0.0, optimizer=SGD), model=small_model(norm="group"))
     cotta.teacher = {name: value + torch.randn_like(value) for name, value in cotta.source.items()}
     batch, apart = served(8), []
-    for answer in (lambda: cotta.predict(batch).scores, lambda: cotta.anchored(batch)):
+    for answer in (lambda: cotta.predict(batch).scores, lambda: cotta.reference(batch)):
         with torch.autocast("cpu", torch.bfloat16):
             apart.append(answer())
     with torch.autocast("cpu", torch.bfloat16):
-        assert same([cotta.predict(batch).scores, cotta.anchored(batch), cotta.predict(batch).scores], [*apart, apart[0]])
+        assert same([cotta.predict(batch).scores, cotta.reference(batch), cotta.predict(batch).scores], [*apart, apart[0]])
         cotta.adapt(batch)
         moved = [name for name, value in cotta.adapted.items() if not torch.equal(value, cotta.source[name])]
         after = cotta.predict(batch).scores

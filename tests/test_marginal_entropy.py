@@ -55,6 +55,19 @@ def test_each_sample_is_answered_as_if_it_had_come_alone_and_all_is_forgotten() 
     assert not together.optimizer.state and together.counts == {"updates": 8}
 
 
+def test_under_autocast_too_every_sample_begins_with_the_sources_weights() -> None:
+    """Autocast keeps a cast of each weight: what is forgotten must not answer for the next sample."""
+    batch, optimizer = served(2), Optimizer(name="sgd", lr=0.5)
+    together, apart = (deployed(MarginalEntropy(views=4, optimizer=optimizer), model=small_model(norm="group")) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        at_once = answers(together, [batch])
+    alone = []
+    for sample in (batch[:1], batch[1:]):
+        with torch.autocast("cpu", torch.bfloat16):
+            alone += answers(apart, [sample])
+    assert torch.equal(at_once[0], torch.cat(alone)) and not torch.equal(alone[0], apart.predict(batch[:1]).scores)
+
+
 def test_batch_normalisation_mixes_in_the_sample() -> None:
     memo = deployed(MarginalEntropy(prior=3.0))
     torch.manual_seed(0)

@@ -107,6 +107,80 @@ def test_robust_statistics_are_the_mixture_and_carry_its_gradient() -> None:
         assert torch.allclose(layer(x), batch_norm(x, None, None, layer.weight, layer.bias, True), atol=1e-5)
 
 
+def plainly(x: Tensor, layer: Any, mean: Tensor, variance: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula as the paper has it, and the statistics that are kept; autograd does the rest."""
+    form = [1, -1] + [1] * (x.dim() - 2)
+    spread, middle = torch.var_mean(x.to(mean), dim=[0, *range(2, x.dim())], correction=0)
+    spread, middle = (1 - share) * variance + share * spread, (1 - share) * mean + share * middle
+    y = (x - middle.view(form)) * (spread + layer.eps).rsqrt().view(form)
+    return (y if layer.weight is None else y * layer.weight.view(form) + layer.bias.view(form)), middle.detach(), spread.detach()
+
+
+FORMS = [(7, 3), (5, 3, 1, 1), (5, 3, 2, 2), (5, 3, 4, 4), (5, 3, 5, 7), (1, 3, 6, 6), (1, 3, 2, 2), (4, 3, 9), (2, 3, 2, 3, 4)]
+
+
+def normalising(form: tuple[int, ...], affine: bool = True, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    kind: Any = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(form)]
+    layer = kind(form[1], affine=affine, dtype=dtype).eval()
+    for value in [*layer.parameters(), layer.running_mean, layer.running_var]:
+        value.data.copy_(torch.rand(form[1]) + 0.2)
+    return layer
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("lies", ["as it does", "channels last", "across"])
+@pytest.mark.parametrize("form", FORMS)
+def test_answers_and_every_gradient_are_those_of_the_plain_formula(form: tuple[int, ...], lies: str, affine: bool) -> None:
+    layer, share = normalising(form, affine), 0.3
+    x = 2 * torch.randn(form, dtype=torch.float64) + 1
+    pull = torch.randn(form, dtype=torch.float64)
+    if lies == "channels last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif lies == "across":
+        x, pull = x.transpose(0, -1).contiguous().transpose(0, -1), pull.movedim(1, -1).contiguous().movedim(-1, 1)
+    x.requires_grad_()
+    values = {name: value.clone() for name, value in statistics_of({"norm": layer}).items()}
+    with robust({"norm": layer}, values, share):
+        mine = layer(x)
+    theirs, *kept = plainly(x, layer, layer.running_mean, layer.running_var, share)
+    several = [x, *layer.parameters()]
+    gradients = [torch.autograd.grad((y * pull).sum(), several) for y in (mine, theirs)]
+    for one, other in zip([mine, *values.values(), *gradients[0]], [theirs, *kept, *gradients[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", [(4, 2), (3, 2, 2, 2), (1, 2, 5, 5)])
+def test_its_gradient_is_that_of_finite_differences(form: tuple[int, ...]) -> None:
+    layer = normalising(form)
+
+    def answered(x: Tensor, *_: Tensor) -> Tensor:
+        values = {name: value.clone() for name, value in statistics_of({"norm": layer}).items()}
+        with robust({"norm": layer}, values, 0.4):
+            told: Tensor = layer(x)
+        return told
+
+    assert torch.autograd.gradcheck(answered, (torch.randn(form, dtype=torch.float64, requires_grad=True), layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("form", [(16, 3), (16, 3, 2, 2), (16, 3, 6, 6)])
+def test_in_half_precision_its_gradient_is_as_near_as_that_allows(form: tuple[int, ...]) -> None:
+    layer, share = normalising(form, dtype=torch.float32), 0.9
+    x = (2 * torch.randn(form) + 1).bfloat16().requires_grad_()
+    pull = torch.randn(form).bfloat16().float()
+    values = {name: value.clone() for name, value in statistics_of({"norm": layer}).items()}
+    with torch.autocast("cpu", torch.bfloat16), robust({"norm": layer}, values, share):
+        mine = layer(x)
+    exact = x.detach().float().requires_grad_()
+    theirs, *kept = plainly(exact, layer, layer.running_mean, layer.running_var, share)
+    (mine.float() * pull).sum().backward()
+    (theirs * pull).sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(list(values.values()), kept, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine.float(), theirs, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(x.grad.float(), cast(Tensor, exact.grad), rtol=2e-2, atol=2e-2)
+
+
 class Rectified(nn.BatchNorm2d):
     """A layer as libraries have it, with an activation of its own."""
 

@@ -22,24 +22,24 @@ Evidence: small real data
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from streamcl.adapting import AdaptingStrategy, copied
 from streamcl.context import Context
 from streamcl.nn.norms import with_values
 from streamcl.options import Fraction, NonNegativeInt, PositiveFloat
 from streamcl.stream import Batch, StreamInfo
 
 from ._augmenting import Pixels, on_device, strong
+from ._teacher import Taught
 
 
-class Cotta(AdaptingStrategy):
+class Cotta(Taught):
     """The teacher's answers to `views` are averaged where the source's mean confidence is below `p_th`; `m` is how much the teacher keeps,
     `r` the share of weights that go back to the source; `symmetric` is the loss for ImageNet. Views are mirrored with probability `flip`;
     `mean` and `std` are what images were normalised by, where the stream's preparation does not say it."""
@@ -60,7 +60,6 @@ class Cotta(AdaptingStrategy):
         super().__init__(**options)
         self.views, self.p_th, self.m, self.r, self.symmetric = views, p_th, m, r, symmetric
         self.flip, self.mean, self.std = flip, mean, std
-        self.teacher: dict[str, Tensor] = {}  # empty while it is the source
 
     def start(self, info: StreamInfo, context: Context) -> None:
         if self.views:
@@ -74,37 +73,24 @@ class Cotta(AdaptingStrategy):
         with self.statistics(gather=False):
             taught = self.taught(batch)
         if self.step(self.learned(self.model(batch), taught)):
-            self.follow()
+            self.follow(1 - self.m)
             self.restore_some()
         return self.again(batch) if self.answer == "after" else taught
-
-    def forward(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), self.as_teacher():
-            return self.model(batch)
 
     @torch.no_grad()
     def taught(self, batch: Batch) -> Tensor:
         """z'"""
         if self.views:
-            sure = self.anchored(batch).softmax(dim=1).amax(dim=1).mean()
+            sure = self.reference(batch).softmax(dim=1).amax(dim=1).mean()
             if float(sure) < self.p_th:
                 self.count("averaged")
                 return self.averaged(batch)
         return self.forward(batch)
 
-    def anchored(self, batch: Batch) -> Tensor:
-        torch.clear_autocast_cache()
-        logits = self.reference(batch)
-        torch.clear_autocast_cache()
-        return logits
-
     def averaged(self, batch: Batch) -> Tensor:
-        total: Tensor | None = None
-        for _ in range(self.views):
-            logits = self.forward(self.pixels.augmented(batch, self.view, self.context.generator))
-            total = logits if total is None else total + logits
-        assert total is not None
-        return total / self.views
+        with with_values(self.model, self.teacher):
+            views = (self.pixels.augmented(batch, self.view, self.context.generator) for _ in range(self.views))
+            return torch.stack([self.model(view) for view in views]).mean(dim=0)
 
     def view(self, values: Tensor, generator: torch.Generator) -> Tensor:
         return strong(values, generator, self.flip)
@@ -117,46 +103,32 @@ class Cotta(AdaptingStrategy):
         return loss
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """The teacher moves towards the student."""
-        self.begin_teaching()
-        torch._foreach_lerp_(list(self.teacher.values()), [value.data for value in self.adapted.values()], 1 - self.m)
-
-    def begin_teaching(self) -> None:
-        if not self.teacher:
-            self.teacher = {name: value.clone() for name, value in self.source.items()}
-
-    @torch.no_grad()
     def restore_some(self) -> None:
         """A share of the student's weights become the source's again."""
-        generator = on_device(self.context.generator, self.context.device)
-        for name, value in self.adapted.items():
-            chosen = torch.rand(value.shape, generator=generator, device=value.device) < self.r
-            value.copy_(torch.where(chosen, self.source[name], value))
-
-    def correct(self, batch: Batch) -> None:
-        """As the template, for the teacher, which answers: its gradient, its step. The student is changed by as much."""
-        self.begin_teaching()
-        before = copied(self.teacher)
-        with self.as_teacher():
-            super().correct(batch)
-        for name, value in self.adapted.items():
-            value.data.add_(self.teacher[name] - before[name])
-
-    @contextmanager
-    def as_teacher(self) -> Iterator[None]:
-        """For a while the model is the teacher. Autocast keeps casts of weights by their tensors, whose content is exchanged here."""
-        torch.clear_autocast_cache()
-        with with_values(self.model, self.teacher):
-            yield
-        torch.clear_autocast_cache()
-
-    def weights(self) -> dict[str, Tensor]:
-        """The teacher's."""
-        return self.teacher or super().weights()
+        ends = torch.tensor([0, *(value.numel() for value in self.adapted.values())]).cumsum(0)
+        chosen = scattered(int(ends[-1]), self.r, on_device(self.context.generator, self.context.device))
+        places = torch.searchsorted(chosen, ends.to(chosen.device)).tolist()
+        for first, last, end, (name, value) in zip(places, places[1:], ends.tolist(), self.adapted.items(), strict=False):
+            flat, which = value.reshape(-1), chosen[first:last] - end
+            flat[which] = self.source[name].reshape(-1)[which]
+            if not value.is_contiguous():  # then what was changed is a copy
+                value.copy_(flat.view(value.shape))
 
     def own_state(self) -> dict[str, Any]:
         return {"teacher": dict(self.teacher)}
 
     def own_restore(self, state: Mapping[str, Any]) -> None:
         self.teacher = dict(state["teacher"])
+
+
+def scattered(count: int, share: float, generator: torch.Generator) -> Tensor:
+    """Which of so many are chosen, each with probability `share`, by the gaps between them: as many numbers are drawn as are chosen."""
+    chosen = torch.zeros(0, dtype=torch.int64, device=generator.device)
+    last = -1
+    while share > 0 and last < count:
+        likely = (count - last) * share
+        uniform = torch.rand(int(likely + 4 * likely**0.5) + 16, generator=generator, device=generator.device, dtype=torch.float64)
+        gaps = torch.log1p(-uniform) / math.log1p(-share) if share < 1 else torch.zeros_like(uniform)
+        chosen = torch.cat([chosen, (gaps.clamp(max=count).floor().long() + 1).cumsum(0) + last])
+        last = int(chosen[-1])
+    return chosen[chosen < count]

@@ -78,7 +78,9 @@ class EATA(AdaptingStrategy):
     def _pull(self) -> Tensor | float:
         if not self.fisher or not self.beta:
             return 0.0
-        return self.beta * sum((f * (self.adapted[name] - self.source[name]).square()).sum() for name, f in self.fisher.items())
+        together = (torch.cat([values[name].flatten() for name in self.fisher]) for values in (self.fisher, self.adapted, self.source))
+        fisher, now, source = together
+        return self.beta * (fisher * (now - source).square()).sum()
 
     def _epsilon(self, classes: int) -> float:
         return 0.4 * (10 / classes) ** POWER if self.epsilon is None else self.epsilon

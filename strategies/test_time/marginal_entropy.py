@@ -81,7 +81,6 @@ class MarginalEntropy(AdaptingStrategy):
             for _ in range(self.steps):
                 views = self.pixels.augmented(sample[[0] * self.views], self.view, self.context.generator)
                 self.step(marginal_entropy(self.model(views)))
-                torch.clear_autocast_cache()  # casts of the weights before the step
             return self.forward(sample)
         finally:
             self.forget()
@@ -97,6 +96,7 @@ class MarginalEntropy(AdaptingStrategy):
     @torch.no_grad()
     def forget(self) -> None:
         torch._foreach_copy_(list(self.adapted.values()), list(self.source.values()))
+        torch.clear_autocast_cache()  # it holds casts of what is forgotten
         assert self.optimizer is not None
         self.optimizer.state.clear()  # momentum of one sample is nothing to the next
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from streamcl.adapting import AdaptingStrategy, copied, entropy
+from streamcl.adapting import copied, entropy
 from streamcl.context import Context
 from streamcl.nn.norms import with_values
 from streamcl.options import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -44,6 +44,7 @@ from streamcl.stream import Batch, StreamInfo
 
 from ._augmenting import Pixels, strong
 from ._robust import robust, statistics_of
+from ._teacher import Taught
 
 
 @dataclass
@@ -55,7 +56,7 @@ class _Held:
     ages: list[int]
 
 
-class Rotta(AdaptingStrategy):
+class Rotta(Taught):
     """`capacity` of the memory; `every` so many samples it is learned from; `alpha` moves statistics, `nu` the teacher; `lambda_t` and
     `lambda_u` say how much age and uncertainty count against a sample. `augment` the student's samples (images), mirrored with probability
     `flip`; `mean` and `std` are what images were normalised by, where the stream's preparation does not say it."""
@@ -83,7 +84,6 @@ class Rotta(AdaptingStrategy):
         self.augment, self.flip, self.mean, self.std = augment, flip, mean, std
         self.held, self.since = _Held([], [], []), 0  # since: samples since it was last learned from
         self.samples: Batch | None = None  # those held, in the order of `held`
-        self.teacher: dict[str, Tensor] = {}  # what it answers by; empty while that is the source
         self.student: dict[str, Tensor] = {}  # the student's statistics
 
     def start(self, info: StreamInfo, context: Context) -> None:
@@ -92,10 +92,6 @@ class Rotta(AdaptingStrategy):
         super().start(info, context)
 
     # -- serving ------------------------------------------------------------------------------------------------------------------
-
-    def forward(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), with_values(self.model, self.teacher):
-            return self.model(batch)
 
     def update(self, batch: Batch) -> Tensor:
         logits = self.forward(batch)
@@ -110,10 +106,6 @@ class Rotta(AdaptingStrategy):
                 self.learn_memory()
             first = last
         return self.again(batch) if self.answer == "after" else logits
-
-    def weights(self) -> dict[str, Tensor]:
-        """The teacher's, and the statistics that it answers by."""
-        return self.teacher or {**super().weights(), **statistics_of(self.layers)}
 
     # -- the memory ---------------------------------------------------------------------------------------------------------------
 
@@ -176,23 +168,15 @@ class Rotta(AdaptingStrategy):
         with robust(self.layers, self.student, self.alpha):
             each = cross_entropy(self.model(seen), taught, reduction="none")
         self.step(((-ages).sigmoid() * each).mean())  # exp(-a) / (1 + exp(-a))
-        for name, value in super().weights().items():
-            self.teacher[name].lerp_(value, self.nu)
+        self.follow(self.nu)
+
+    def beside(self) -> dict[str, Tensor]:
+        return statistics_of(self.layers)
 
     def begin_teaching(self) -> None:
         if not self.teacher:
-            start = statistics_of(self.layers)
-            self.teacher = {name: value.clone() for name, value in {**super().weights(), **start}.items()}
-            self.student = {name: value.clone() for name, value in start.items()}
-
-    def correct(self, batch: Batch) -> None:
-        """As the template, for the teacher, which answers: its gradient, its step. The student is changed by as much."""
-        self.begin_teaching()
-        before = copied(self.teacher)
-        with with_values(self.model, self.teacher):
-            super().correct(batch)
-        for name, value in self.adapted.items():
-            value.data.add_(self.teacher[name] - before[name])
+            self.student = copied(self.beside())
+        super().begin_teaching()
 
     # -- going back ---------------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ KINDS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._Instan
 LOOKED_FOR = "BatchNorm, LayerNorm, GroupNorm, InstanceNorm and RMSNorm"
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 DIGITS = 1e-3  # a variance below this share of the squared mean is not taken from sums of squares: too few digits would be left
+FEW = 16  # places of a channel up to which each is better taken for a channel of its own
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -102,19 +103,31 @@ def by_mixture(layers: Mapping[str, _BatchNorm], share: Callable[[int], float], 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, in 32 bits or more  # (channels,), (channels,)
 
-    Without an accelerator torch's own kernels for them take as long as a small convolution. Sums, and sums of squares along each row, are
-    several times faster; where the mean is so large that these would cancel, it is taken off before.
+    Without an accelerator torch's own kernels take as long for them as a small convolution, but where channels lie last. So few places are
+    taken for channels, and put together; for many, sums and sums of squares along each row are several times faster, and where the mean is
+    so large that these would cancel, it is taken off before.
     """
     values = values if values.dtype == torch.float64 else values.float()
-    rows = values.flatten(2) if values.dim() > 2 else values[:, :, None]  # (batch, channels, places)
-    if values.device.type != "cpu" or rows.shape[2] == 1:
+    last = values.movedim(1, -1)
+    rows = last.flatten(0, -2)[:, :, None] if last.is_contiguous() or last.dim() == 2 else values.flatten(2)  # (batch, channels, places)
+    if values.device.type != "cpu":
         variance, mean = torch.var_mean(rows, dim=(0, 2), correction=0)
         return mean, variance
+    if rows.shape[2] <= FEW:
+        mean, variance = torch.batch_norm_update_stats(rows.flatten(1), None, None, 0.0)
+        return (mean, variance) if rows.shape[2] == 1 else _together(mean.view(rows.shape[1:]), variance.view(rows.shape[1:]))
     mean, variance = _sums(rows)
     if bool((variance < mean.square() * DIGITS).any()):
         rest, variance = _sums(rows - mean[:, None])
         mean = mean + rest
     return mean, variance
+
+
+def _together(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, given those of each of its places  # (channels,), (channels,) of (channels, places)"""
+    mean = means.mean(dim=1, keepdim=True)
+    off = means - mean
+    return mean.squeeze(1), torch.addcmul(variances, off, off).mean(dim=1)
 
 
 def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,9 +206,12 @@ class Gathered:
 def exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put these tensors in the place of the model's own (parameters or buffers) and give back what was there. Nothing is copied."""
     before: dict[str, Tensor] = {}
+    modules: dict[str, nn.Module] = {}  # finding one takes longer than the exchange
     for name, value in values.items():
         path, _, last = name.rpartition(".")
-        module: Any = model.get_submodule(path)
+        module: Any = modules.get(path)
+        if module is None:
+            module = modules[path] = model.get_submodule(path)
         parameter = module._parameters.get(last)
         if parameter is not None:
             before[name] = parameter.data

@@ -84,7 +84,7 @@ CASES = [
     Case("eata"),
     Case("sar", {"e_m": 0.0}, ("recover",)),
     Case("deyo", {"tau_p": -2.0}, ("destroyed",)),
-    Case("rotta", {}, ("pixels.augmented", "remember")),
+    Case("rotta", {}, ("pixels.augmented", "remember", "follow")),
     Case("cotta", {"p_th": 0.0}, ("follow", "restore_some"), note="source sure"),
     Case("cotta", {"p_th": 1.0}, ("pixels.augmented", "follow", "restore_some"), size=16, note="32 views"),
     Case("marginal_entropy", {}, ("pixels.augmented", "forget"), size=2),
