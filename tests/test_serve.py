@@ -19,19 +19,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
+from safetensors.torch import save
 from served_runs import ALTER, ASK, CHANGE, PREDICT, as_json, b64, copied, digits, digits_run, npy, served
 
 import streamcl
 import streamcl.running
 import streamcl.serving
 from streamcl import feeding
-from streamcl.errors import ConfigError, RunError
-from streamcl.online_loop import online
+from streamcl.deploying import online
+from streamcl.errors import ConfigError, DiskError, RunError
 from streamcl.plugins import find
 from streamcl.serving import Settings, application
-from streamcl.serving.journal import Journal
+from streamcl.serving.journal import Journal, packed, unpacked
 from streamcl.serving.tokens import tokens
+from streamcl.stream import Batch
 
 
 @pytest.fixture(autouse=True)
@@ -331,10 +334,10 @@ def test_a_stopped_server_goes_on_where_it_was(run):
 def test_what_was_acknowledged_and_not_learned_is_learned_after_a_restart(run):
     with served(run, limits={"update": 10_000, "idle": 1000.0}) as client:  # the writer waits for more
         client.post("/adapt", json=as_json(digits(30)), headers=ALTER)
-        assert client.service.unlearned == 30 and client.service.updates == 0
+        assert client.service.unlearned == 30 and client.service.writer.updates == 0
     with served(run) as client:
         learned_all(client)
-        assert client.service.updates == 1 and client.service.journal.samples == 30
+        assert client.service.writer.updates == 1 and client.service.journal.samples == 30
         assert client.get("/status", headers=ASK).json()["counts"]["adapted"] == 30
 
 
@@ -387,14 +390,15 @@ def test_after_a_kill_what_was_taken_in_counts_as_answered(run, tmp_path, mode):
         for k in range(2):
             client.post("/adapt", json=as_json(digits(64, 64 * k)), headers=ALTER)
         learned_all(client)
-        client.service.save()
+        client.service.writer.save()
         client.post("/adapt", json=as_json(digits(64, 128)), headers=ALTER)
         learned_all(client)
         killed = copied(run, tmp_path / "killed")  # as the disk is now
     with served(killed, mode=mode) as client:
         learned_all(client)
         status = client.get("/status", headers=ASK).json()
-        assert client.service.replayed == 1 and status["samples"] == status["server"]["acknowledged"] == status["server"]["learned"] == 192
+        assert client.service.writer.replayed == 1
+        assert status["samples"] == status["server"]["acknowledged"] == status["server"]["learned"] == 192
 
 
 def test_a_version_is_promoted_and_gone_back_from(run):
@@ -412,7 +416,7 @@ def test_a_version_is_promoted_and_gone_back_from(run):
         refused = client.post("/rollback", json={"version": 99}, headers=ALTER)
         assert refused.status_code == 409 and "no version 99" in refused.json()["error"]
         assert client.post("/rollback", json={"version": "x"}, headers=ALTER).status_code == 422
-        assert client.service.failed == 0
+        assert client.service.writer.failed == 0
 
 
 def test_inline_a_request_is_answered_by_the_model_that_it_adapts(run):
@@ -505,6 +509,85 @@ def test_a_batch_that_cannot_be_learned_is_counted_and_the_writer_goes_on(run):
 def test_a_folder_has_one_server(run):
     with served(run), pytest.raises(RunError, match="in use"):
         application(run, Settings(threads=1))
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_what_could_not_be_answered_is_not_learned(run, sync):
+    with served(run, limits={"wait": 0.2, "sync": sync, "update": 1000, "idle": 1000.0}) as client, ThreadPoolExecutor(3) as pool:
+        before = client.service.loop.predict
+
+        def picky(batch):
+            if any(float(image.max()) == 0 for image in batch.inputs["image"]):
+                raise RuntimeError("an image of nothing")
+            return before(batch)
+
+        client.service.loop.predict = picky
+        bodies = [as_json(digits(2)), as_json(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)), as_json(digits(3))]
+        answers = list(pool.map(lambda body: client.post("/adapt", json=body, headers=ALTER), bodies))
+        assert [answer.status_code for answer in answers] == [200, 500, 200]
+        kept = Batch.cat([entry.batch() for entry in client.service.journal.after(0)])
+        assert sorted(kept.ids.tolist()) == sorted(answers[0].json()["ids"] + answers[2].json()["ids"])
+        assert client.service.unlearned == client.service.journal.samples == 5
+
+
+def test_what_was_given_up_is_not_learned(run):
+    with served(run, limits={"timeout": 0.2}) as client:
+        slowed(client, 0.6)
+        assert client.post("/adapt", json=as_json(digits(2)), headers=ALTER).status_code == 503
+        until = time.monotonic() + 10
+        while client.service.unlearned and time.monotonic() < until:
+            time.sleep(0.02)
+        assert client.service.unlearned == client.service.journal.samples == 0
+
+
+def test_a_full_disk_is_told_and_nothing_is_learned(run, monkeypatch):
+    with served(run) as client:
+        full = DiskError("the disk is full")
+        monkeypatch.setattr(client.service.journal, "adapt", lambda *given: (_ for _ in ()).throw(full))
+        refused = client.post("/adapt", json=as_json(digits(2)), headers=ALTER)
+        assert refused.status_code == 507 and refused.json() == {"error": "the disk is full"}
+        assert client.service.unlearned == 0
+        monkeypatch.undo()
+        assert client.post("/adapt", json=as_json(digits(2)), headers=ALTER).json()["ids"] == [2, 3]
+
+
+def test_figures_of_the_answers_are_those_of_the_newest(client):
+    client.post("/predict", json=as_json(torch.zeros(64, 1, 8, 8, dtype=torch.uint8)), headers=ASK)  # 320 later they are forgotten
+    for first in range(0, 320, 64):
+        client.post("/predict", json=as_json(digits(64, first)), headers=ASK)
+    scores = torch.cat(
+        [
+            torch.tensor(client.post("/predict?scores=1", json=as_json(digits(64, k)), headers=ASK).json()["scores"])
+            for k in range(64, 320, 64)
+        ]
+    )
+    probabilities = scores.double().softmax(dim=1)
+    status = client.get("/status", headers=ASK).json()
+    assert status["entropy"] == pytest.approx(float(-(probabilities * probabilities.log()).sum(dim=1).mean()), abs=1e-4)
+    assert status["confidence"] == pytest.approx(float(probabilities.amax(dim=1).mean()), abs=1e-4)
+
+
+def test_below_a_path_of_a_proxy_it_answers_the_same(run):
+    app, _ = application(run, Settings(threads=1))
+    with TestClient(app, root_path="/models/one") as client:
+        for path in ("/predict", "/models/one/predict"):
+            answer = client.post(path, json=as_json(digits(20)), headers=ASK)
+            assert answer.json()["predictions"] == streamcl.load(run).predict(digits(20))
+
+
+def test_the_journal_holds_what_safetensors_would_write():
+    batch = Batch(
+        {"image": torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4).transpose(1, 2), "words": ["a", "b"], "sound": torch.randn(2, 5)},
+        None,
+        torch.tensor([7, 8]),
+        {"sound": torch.tensor([True, False])},
+    )
+    about, content = packed(batch)
+    columns = {"inputs.image": batch.inputs["image"].contiguous(), "inputs.sound": batch.inputs["sound"]}
+    assert content == save({**columns, "present.sound": batch.present["sound"], "ids": batch.ids})
+    again = unpacked(content, about)
+    assert list(again.inputs) == ["image", "words", "sound"] and again.inputs["words"] == ["a", "b"]
+    assert torch.equal(again.inputs["image"], batch.inputs["image"]) and torch.equal(again.present["sound"], batch.present["sound"])
 
 
 # -- deliveries --------------------------------------------------------------------------------------------------------------------

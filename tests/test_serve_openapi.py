@@ -73,7 +73,7 @@ def test_every_answer_is_as_the_document_says(operations, server, label, mode):
         if mode == "negative" and type(error).__name__ in ("SkipTest", "Unsatisfiable", "OperationSchemaError"):
             pytest.skip("nothing about it can be wrong")
         raise
-    assert server.state.server.service.failed == 0
+    assert server.state.server.service.writer.failed == 0
 
 
 def test_the_examples_of_the_document_are_answered(server):

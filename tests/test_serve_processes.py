@@ -22,7 +22,7 @@ from served_runs import ALTER, ASK, CHANGE, PREDICT, as_json, copied, digits, di
 
 import streamcl
 from streamcl.checkpoint import Checkpoints, flatten
-from streamcl.online_loop import online
+from streamcl.deploying import online
 from streamcl.serving.journal import Journal
 from streamcl.stream import Batch
 

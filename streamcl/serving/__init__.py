@@ -63,6 +63,7 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 8000, settings: Settin
     """Serve until SIGTERM or SIGINT; then finish what was taken in, save, and return."""
     settings = settings or Settings()
     app, drawn = application(run, settings)
+    show(drawn)
     import uvicorn
 
     limits = app.state.server.service.limits
@@ -71,7 +72,7 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 8000, settings: Settin
     except (OSError, OverflowError) as error:
         app.state.server.service.release()
         raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror if isinstance(error, OSError) else error}") from None
-    announce(run, host, listening.getsockname()[1], drawn)
+    announce(run, host, listening.getsockname()[1])
     sys.setswitchinterval(SWITCH)
     gc.collect()
     gc.freeze()  # what is there by now stays: to look through all of it again and again would hold up requests for a good while
@@ -83,10 +84,13 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 8000, settings: Settin
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def announce(run: Path, host: str, port: int, drawn: dict[str, str]) -> None:
-    """Say where it serves, and the tokens that nobody will be shown again."""
+def show(drawn: dict[str, str]) -> None:
+    """The tokens that nobody will be shown again."""
     for role, token in drawn.items():
         print(f"token for {'asking' if role == 'predict' else 'changing the model'}, shown this once: {token}", flush=True)
+
+
+def announce(run: Path, host: str, port: int) -> None:
     print(f"serving {run} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
 
@@ -113,7 +117,7 @@ def made(run: Path, settings: Settings) -> Service:
     """The service of a run, as it was when it was last stopped or killed."""
     import torch
 
-    from streamcl.online_loop import online
+    from streamcl.deploying import online
     from streamcl.running import load
     from streamcl.serving.deltas import Follower, Publisher
     from streamcl.serving.service import Limits, Service

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import math
@@ -32,6 +33,7 @@ try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+    from starlette.types import Receive, Scope, Send
 except ModuleNotFoundError as error:
     raise ConfigError(f"streamcl serve needs {error.name}, which is not installed: pip install 'streamcl[serve]'") from None
 
@@ -43,6 +45,8 @@ ABOUT = "A model that answers, and adapts to what it is asked. The page at `/` s
 PAGE_RULES = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; form-action 'none'"
 )
+ENCODE = json.JSONEncoder(allow_nan=False).encode
+DIRECT = ("/predict", "/adapt")  # what is asked all the time
 
 Work = Callable[[Request], Awaitable[Any]]
 
@@ -160,11 +164,13 @@ class Server:
         """What is common to all: tokens, refusals, figures. `may` is what the token must be good for."""
         name = work.__name__
 
+        seconds, counts = self.seconds.labels(name), functools.cache(partial(self.requests.labels, name))
+
         async def handled(request: Request) -> Response:
             started = time.perf_counter()
             response = await self._handled(work, may, request)
-            self.requests.labels(name, response.status_code).inc()
-            self.seconds.labels(name).observe(time.perf_counter() - started)
+            counts(response.status_code).inc()
+            seconds.observe(time.perf_counter() - started)
             return response
 
         return handled
@@ -270,7 +276,7 @@ class Server:
             found["ids"] = list(range(answer.first, answer.first + len(answer.predictions)))
             found["adapted"] = not answer.again
             found["made"] = answer.made
-        if request.query_params.get("scores", "").lower() in ("true", "1") and answer.scores is not None:
+        if request.scope["query_string"] and request.query_params.get("scores", "").lower() in ("true", "1"):
             found["scores"] = [[rounded(value) for value in row] for row in answer.scores.reshape(len(answer.predictions), -1).tolist()]
             if self.service.learned.classes:
                 found["classes"] = list(self.service.learned.classes)
@@ -283,6 +289,21 @@ class Server:
         return dict(outcome)
 
 
+class Application(FastAPI):
+    """FastAPI, but for the paths in `direct`: all that it does for each request takes as long as a small model."""
+
+    direct: dict[str, Callable[[Request], Awaitable[Response]]]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        plain = scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path")
+        handled = self.direct.get(scope["path"]) if plain else None
+        if handled is None:
+            await super().__call__(scope, receive, send)
+        else:
+            response = await handled(Request(scope, receive))
+            await response(scope, receive, send)
+
+
 def make_app(service: Service, tokens: Tokens, deliveries: Deliveries | None = None) -> FastAPI:
     """The ASGI application; the service starts and closes with it."""
     server = Server(service, tokens, deliveries)
@@ -293,7 +314,8 @@ def make_app(service: Service, tokens: Tokens, deliveries: Deliveries | None = N
         yield
         await service.close()
 
-    app = FastAPI(title="streamcl", version=__version__, description=ABOUT, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = Application(title="streamcl", version=__version__, description=ABOUT, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.direct = {}
     app.state.server = server
     routes: list[tuple[str, str, Work, str | None]] = [
         ("POST", "/predict", server.predict, "predict"),
@@ -310,7 +332,10 @@ def make_app(service: Service, tokens: Tokens, deliveries: Deliveries | None = N
     ]
     for method, path, work, may in routes:
         told = described.operation(work.__name__, may, service.learned, service.limits)
-        app.add_api_route(path, server.endpoint(work, may), methods=[method], response_model=None, **told)
+        handled = server.endpoint(work, may)
+        app.add_api_route(path, handled, methods=[method], response_model=None, **told)
+        if path in DIRECT:
+            app.direct[path] = handled
 
     async def unknown(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
@@ -331,12 +356,12 @@ class Figures:
         self.service = service
 
     def collect(self) -> Any:
-        service, status = self.service, self.service._status
+        service, status, certainty = self.service, self.service._status, self.service.certainty()
         totals = {
             "samples": ("Samples that were answered.", status["samples"]),
             "batches": ("Batches that the model which adapts has seen.", status["batches"]),
             "acknowledged_samples": ("Samples that were taken in to be learned from.", service.journal.samples if service.journal else 0),
-            "failed": ("Journal entries that could not be learned.", service.failed),
+            "failed": ("Journal entries that could not be learned.", service.writer.failed if service.writer else 0),
             "dropped": ("Requests whose clients hung up.", service.dropped),
         }
         for name, (help, value) in totals.items():
@@ -349,8 +374,8 @@ class Figures:
             "version": ("The version of the model that is served.", service.loop.version),
             "queued_samples": ("Samples that wait to be answered.", service.queued),
             "unlearned_samples": ("Samples that wait for the writer.", service.unlearned),
-            "entropy": ("Mean entropy of the newest answers, in nats.", service.entropy),
-            "confidence": ("Mean confidence of the newest answers.", service.confidence),
+            "entropy": ("Mean entropy of the newest answers, in nats.", certainty["entropy"]),
+            "confidence": ("Mean confidence of the newest answers.", certainty["confidence"]),
             **{f"guard_{name}": (f"The guard's {name}.", value) for name, value in (status["guard"] or {}).items()},
         }
         for name, (help, value) in now.items():
@@ -359,7 +384,7 @@ class Figures:
 
 
 def answered(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
-    return Response(json.dumps(content, allow_nan=False), status, headers, media_type=JSON)
+    return Response(ENCODE(content), status, headers, media_type=JSON)
 
 
 def finite(tree: Any) -> Any:

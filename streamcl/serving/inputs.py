@@ -206,7 +206,7 @@ class Decoder:
             if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
                 raise Refused(422, f"{name} must be a list of text, one for each sample")
             return value
-        return numbers(value, modality, name)
+        return numbers(value, name)
 
     def _medium(self, name: str, modality: Modality, content: bytes) -> np.ndarray:
         if modality.kind == "image":
@@ -216,14 +216,17 @@ class Decoder:
         raise Refused(422, f"{name} is {modality.kind}: send it as numbers, or as an .npy file")
 
 
+def nowhere(constant: str) -> Any:
+    raise Refused(422, f"the body holds {constant}: numbers must be finite")
+
+
+DECODER = json.JSONDecoder(parse_constant=nowhere)
+
+
 def json_object(content: bytes, known: Sequence[str] | None = None) -> dict[str, Any]:
     """A body that is one JSON object, and holds nothing but what is `known`."""
-
-    def nowhere(constant: str) -> Any:
-        raise Refused(422, f"the body holds {constant}: numbers must be finite")
-
     try:
-        found = json.loads(content, parse_constant=nowhere)
+        found = DECODER.decode(content.decode(json.detect_encoding(content), "surrogatepass"))
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise Refused(400, f"the body is no JSON: {what}") from None
@@ -237,8 +240,8 @@ def json_object(content: bytes, known: Sequence[str] | None = None) -> dict[str,
     return found
 
 
-def numbers(value: Any, modality: Modality, name: str) -> np.ndarray:
-    """Nested lists of numbers as the array that they mean: whole numbers are decimal ones where the stream has decimal ones."""
+def numbers(value: Any, name: str) -> np.ndarray:
+    """Nested lists of numbers as an array."""
     if not isinstance(value, list):
         raise Refused(422, f"{name} must be a list, with one entry for each sample")
     deepest = value
@@ -258,7 +261,7 @@ def numbers(value: Any, modality: Modality, name: str) -> np.ndarray:
         raise Refused(422, "the batch is empty: give at least one sample")
     if array.dtype.kind not in "iuf":
         raise Refused(422, f"{name} must be lists of numbers, and holds something else")
-    return whole_or_decimal(array, modality, name)
+    return array
 
 
 def whole_or_decimal(array: np.ndarray, modality: Modality, name: str) -> np.ndarray:

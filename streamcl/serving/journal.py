@@ -14,8 +14,9 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ class Entry:
     samples: int
     about: str
     content: bytes
+    ready: Batch | None = None  # its samples, where they are still in memory
 
     def batch(self) -> Batch:
-        return unpacked(self.content, self.about)
+        return unpacked(self.content, self.about) if self.ready is None else self.ready
 
     def order(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.about)
@@ -100,7 +102,7 @@ class Journal:
         about, content = packed(batch)
         with self._lock:
             number, samples, after = self.last + 1, self.samples + len(batch), int(batch.ids[-1]) + 1
-            with self._told(), self._transaction():
+            with self._told(), self._transaction() if keys or cut else nullcontext():  # one statement is a transaction
                 run = self._base.execute
                 run("INSERT INTO entry VALUES (?, 'adapt', ?, ?, ?, ?, ?)", (number, len(batch), samples, after, about, content))
                 for place, (key, first, count) in enumerate(keys, 1):
@@ -110,7 +112,7 @@ class Journal:
                 if cut:
                     run("INSERT OR IGNORE INTO cut VALUES (?)", (number,))
             self.last, self.samples, self.next, self._keys = number, samples, after, self._keys + len(keys)
-            return Entry(number, "adapt", len(batch), about, content)
+            return Entry(number, "adapt", len(batch), "", b"", batch)
 
     def order(self, kind: str, about: dict[str, Any]) -> Entry:
         """Keep an order to the model; when this returns it is on disk."""
@@ -128,7 +130,7 @@ class Journal:
 
     def cut(self, last: int) -> None:
         """One update ends with entry `last`; from now on it always does."""
-        with self._lock, self._told(), self._transaction():
+        with self._lock, self._told():
             self._base.execute("INSERT OR IGNORE INTO cut VALUES (?)", (last,))
 
     def settle(self, last: int, samples: int, next: int) -> None:
@@ -203,11 +205,22 @@ class Journal:
 
 def packed(batch: Batch) -> tuple[str, bytes]:
     """A raw batch as JSON (its text) and safetensors (its numbers)."""
-    tensors = {f"inputs.{name}": values.contiguous() for name, values in batch.inputs.items() if isinstance(values, torch.Tensor)}
-    tensors |= {f"present.{name}": mask.contiguous() for name, mask in (batch.present or {}).items()}
-    tensors["ids"] = batch.ids.contiguous()
+    tensors = {f"inputs.{name}": values for name, values in batch.inputs.items() if isinstance(values, torch.Tensor)}
+    tensors |= {f"present.{name}": mask for name, mask in (batch.present or {}).items()}
+    tensors["ids"] = batch.ids
     text = {name: values for name, values in batch.inputs.items() if isinstance(values, list)}
-    return json.dumps({"order": list(batch.inputs), "text": text}), save(tensors)
+    head, order = _head(tuple((name, values.dtype, values.shape) for name, values in tensors.items()))
+    content = b"".join((head, *(tensors[name].numpy().tobytes() for name in order)))
+    return json.dumps({"order": list(batch.inputs), "text": text}), content
+
+
+@lru_cache(maxsize=1024)
+def _head(columns: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> tuple[bytes, list[str]]:
+    """How safetensors begins for such tensors, and in which order their bytes follow: most of the work, and the same for every request."""
+    whole = save({name: torch.zeros(shape, dtype=dtype) for name, dtype, shape in columns})
+    head = whole[: 8 + int.from_bytes(whole[:8], "little")]
+    told = json.loads(head[8:])
+    return head, sorted(told, key=lambda name: told[name]["data_offsets"])
 
 
 def unpacked(content: bytes, about: str) -> Batch:
