@@ -35,13 +35,15 @@ class LateLabels:
 
     def note(self, batch: Batch, scores: Tensor, frozen: Tensor | None, adapting: Tensor | None) -> None:
         """What was answered to a batch, the deployed model's scores, and what the model that adapts decided, where these are known."""
+        self.classes = scores.shape[1]
+        if batch.ids.device.type == "cpu" and not bool((batch.ids >= 0).any()):
+            return  # a sample without an id gets no label, and is not to push out one that may
         decided = scores.argmax(dim=1)
         unknown = torch.full_like(decided, -1)
         theirs = unknown if frozen is None else frozen.argmax(dim=1)
         with self._lock:
-            self.classes = scores.shape[1]
             self.answers.append((batch.ids, decided, theirs, unknown if adapting is None else adapting))
-            if self.remember and bool((batch.ids >= 0).any()):  # a sample without an id gets no label
+            if self.remember:
                 self.waiting.append(batch)
                 self.waits += len(batch)
                 while self.waits - len(self.waiting[0]) >= self.remember:
