@@ -261,11 +261,15 @@ def new(
     kind: Annotated[str, typer.Argument(metavar="strategy | scenario")],
     name: Annotated[str, typer.Argument(metavar="NAME")],
     folder: Annotated[Path, typer.Option("--folder", help="Where to write it.")] = Path(),
+    of: Annotated[
+        str | None,
+        typer.Option("--kind", metavar="learning | adapting", help="Of a strategy: learns tasks (default), or adapts to what it serves."),
+    ] = None,
 ) -> None:
     """A working file to start from, with its configuration and its test."""
     from streamcl import scaffolding
 
-    typer.echo(scaffolding.new(kind, name, folder))
+    typer.echo(scaffolding.new(kind, name, folder, of))
 
 
 @app.command()

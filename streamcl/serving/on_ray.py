@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import logging
 import os
 import secrets
 import shutil
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamcl.errors import ConfigError, RunError, StreamclError
-from streamcl.serving import FOLDER, SWITCH, Settings, announce, application
+from streamcl.serving import FOLDER, SWITCH, Settings, announce, application, show
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -48,8 +49,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # whatever the system: then its own processes meet at 127.0.0.1 and nowhere else
 }
 
 
@@ -57,15 +57,16 @@ def serve(run: Path, host: str, port: int, replicas: int, settings: Settings) ->
     """Serve until SIGTERM or SIGINT; then finish what was taken in, save, end every process, and return."""
     ray, ray_serve = imported()
     adapting, following = parts(run, replicas, settings)
+    port = free(host, port)
     app, drawn = application(run, adapting)  # whatever is wrong with it is told here, in one sentence; the replicas make their own
+    show(drawn)
     service = app.state.server.service
     limits = service.limits
     service.release()
     del app, service
     gc.collect()
-    port = free(host, port)
     stop = threading.Event()
-    with started(ray, ray_serve, host, port, replicas, limits):
+    with started(ray, ray_serve, host, port, replicas, limits, stop):
         try:
             ray_serve.run_many(
                 [
@@ -75,20 +76,20 @@ def serve(run: Path, host: str, port: int, replicas: int, settings: Settings) ->
             )
         except Exception as error:
             raise RunError(f"Ray could not start the replicas: {told(error)}") from error
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        announce(run, host, port, drawn)
+        announce(run, host, port)
         while not stop.wait(LOOK):
-            try:
-                ray_serve.status()
-            except Exception as error:
-                raise RunError(f"Ray has stopped: {told(error)}") from error
+            if not all(node["Alive"] for node in ray.nodes()):
+                raise Stopped("Ray has stopped, and with it what starts replicas again; what was acknowledged is safe: start it again")
+
+
+class Stopped(RunError):
+    """Ray itself has failed, and answers no more."""
 
 
 def parts(run: Path, replicas: int, settings: Settings) -> tuple[Settings, Settings]:
     """How the one that adapts is served, and the others."""
     if replicas < 2:
-        raise ConfigError(f"--replicas is {replicas}: one adapts and at least one follows, so it is 2 or more; without it, one server is all")
+        raise ConfigError(f"--replicas is {replicas}: one adapts and at least one follows it, so it is 2 or more")
     if settings.follow is not None:
         raise ConfigError("--replicas has a replica of its own that adapts: leave out --follow")
     folder = run.absolute() / FOLDER / DELTAS if settings.publish is None else settings.publish.absolute()
@@ -104,12 +105,18 @@ def imported() -> tuple[Any, Any]:
         from ray import serve as ray_serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"streamcl serve --replicas needs {error.name}, which is not installed: pip install 'streamcl[ray]'") from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return ray, ray_serve
 
 
 @contextmanager
-def started(ray: Any, ray_serve: Any, host: str, port: int, replicas: int, limits: Limits) -> Iterator[None]:
-    """Ray, for this alone: on this machine, reached from it alone but for the one address, and gone at the end with all that it keeps."""
+def started(ray: Any, ray_serve: Any, host: str, port: int, replicas: int, limits: Limits, stop: threading.Event) -> Iterator[None]:
+    """Ray, for this alone: on this machine, reached from it alone but for the one address, and gone at the end with all that it keeps.
+
+    Signals set `stop`, for an exception in the middle of what Ray does would make it abort; so an end is asked for as soon as it has begun.
+    """
+    import psutil
+
     folder = tempfile.mkdtemp(prefix="streamcl-")  # a short path: sockets are made in it
     try:
         ray.init(
@@ -117,12 +124,12 @@ def started(ray: Any, ray_serve: Any, host: str, port: int, replicas: int, limit
             num_cpus=replicas,
             object_store_memory=max(SMALLEST_STORE, BODIES * limits.body),
             include_dashboard=False,
-            configure_logging=True,
             logging_level="ERROR",
-            log_to_driver=True,
             _node_ip_address="127.0.0.1",
             _temp_dir=folder,
         )
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own
+            signal.signal(number, lambda *_: stop.set())
         ray_serve.start(
             proxy_location="HeadOnly",
             # Longer than a replica takes to answer or refuse: it ends what waits for one that does not come back.
@@ -133,15 +140,21 @@ def started(ray: Any, ray_serve: Any, host: str, port: int, replicas: int, limit
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):  # it is ending
             signal.signal(number, signal.SIG_IGN)
-        with suppress(Exception):  # whatever state it is in, the next line ends it
-            ray_serve.shutdown()
+        children = psutil.Process().children(recursive=True)
+        if ray.is_initialized() and not isinstance(sys.exception(), Stopped):  # it would start one to shut it down
+            with suppress(Exception):  # whatever state it is in, the next lines end it
+                ray_serve.shutdown()
         ray.shutdown()
+        for child in psutil.wait_procs(children, timeout=5)[1]:  # agents overlook the end of a Ray that had not quite begun
+            with suppress(psutil.Error):
+                child.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def deployment(ray_serve: Any, run: Path, settings: Settings, replicas: int, limits: Limits) -> Any:
     """What Ray starts so many times, and again where it dies."""
     kind = ray_serve.deployment(
+        name="adapting" if settings.follow is None else "following",
         num_replicas=replicas,
         max_ongoing_requests=limits.queue + 1,  # samples: that there are too many is the replica's to say
         ray_actor_options={"num_cpus": 0},
@@ -156,6 +169,10 @@ def deployment(ray_serve: Any, run: Path, settings: Settings, replicas: int, lim
 def maker(run: Path, settings: Settings, cwd: Path) -> Callable[[], ASGIApp]:
     def replica() -> ASGIApp:
         """The application of a replica, made in its process."""
+        from ray.serve._private import replica as rays
+
+        opened = rays.add_port_to_grpc_server  # the one port that Ray opens to everybody, and no setting says otherwise
+        rays.add_port_to_grpc_server = lambda server, address: opened(server, address.replace("[::]", "127.0.0.1"))
         os.chdir(cwd)
         if settings.follow is None:
             wait_for(run / FOLDER / ".lock")
