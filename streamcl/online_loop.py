@@ -627,6 +627,8 @@ class OnlineLoop:
         """Be as when `state` or `snapshot` was called."""
         if not isinstance(state, Mapping) or not {"version", "weights"} <= state.keys() or not {"strategy", "snapshot"} & state.keys():
             raise ConfigError("this is no state of an online loop: give what `state` or `snapshot` returned")
+        if "versions" in state and "labels" not in state:
+            raise ConfigError("this state of an online loop was written by another version of streamcl: put that back, or begin anew")
         with self._entered():
             fresh = state["strategy"]["now"] if "strategy" in state else state["snapshot"]
             self._check_fit(fresh)

@@ -300,14 +300,14 @@ def test_show_of_a_file_of_ones_own_says_what_it_holds(streamcl: Callable[..., A
     (tmp_path / "other.py").write_text("x = 1\n")
     assert "Mine: does nothing well." in streamcl("show", "mine.py:Mine")[1]
     code, _, err = streamcl("show", "other.py")
-    assert code == 2 and "holds no plug-in" in err and "Strategy" in err and "Learner" not in err  # there are none yet
+    assert code == 2 and "holds no plug-in" in err and "Strategy" in err and "Adapter" not in err  # there are none yet
     (tmp_path / "odd.py").write_text(f"from streamcl.strategy import Strategy\n{MINE}    def __init__(self, *, size: Tensor = 1): ...\n")
     assert "  size  Tensor  = 1" in streamcl("show", "odd.py")[1]
 
 
 def test_an_unknown_kind_is_told_with_those_that_have_a_plugin(streamcl: Callable[..., Answer]) -> None:
     err = streamcl("list", "nothing")[2]
-    assert "there are scenarios, sources, strategies, " in err and "learners" not in err
+    assert "there are scenarios, sources, strategies, " in err and "adapters" not in err
 
 
 def test_show_of_a_configuration_reads_back_to_the_same_one(streamcl: Callable[..., Answer], tmp_path: Path) -> None:
