@@ -23,8 +23,9 @@ class Event:
     | progress | task, pass, epoch, epochs, step, steps (in this pass), samples_per_second, loss, lr, and what the strategy logs |
     | scored | task, part (test or validation), row, per_task, metric, final_matrix (list of rows, None where nothing was scored) |
     | any_time | task, samples, accuracy |
-    | served | task, name (of the segment), samples, accuracy, accuracy_frozen (or None), entropy, version, counts: of a test-time stream |
+    | served | task, name (of its segment), samples, version, counts, accuracy and entropy (or mae), accuracy_frozen (mae_frozen) or None |
     | guard | batch, samples (answered before it), what (restore, bypass, statistics, retry, promoted, rollback, reset), reason, ... |
+    | sample | task, step, global_step, question, answer, reward, rewards (by name), length (tokens); picture (base64 PNG) if any |
     | figures | task, and named numbers from Strategy.measure or Context.log |
     | checkpoint | task, path, bytes, seconds |
     | task_finished | task, seconds, memory_bytes, parameters |

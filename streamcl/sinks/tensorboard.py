@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ class Tensorboard(Sink):
     """Writes what is logged while training (`train/...`) over steps, and the scores after each task (`test/...`) over tasks.
 
     A score over tasks stands at the number of tasks learned; `any_time` at the number of samples, and so does what is served of a
-    test-time stream (`served/...`) and what the guard says (a text). `progress` events are written at most every `progress_every`
-    seconds.
+    test-time stream (`served/...`) and what the guard says (a text). What a language model says in a session is a text beside its picture
+    (`samples`). `progress` events are written at most every `progress_every` seconds.
     """
 
     def __init__(self, *, progress_every: NonNegativeFloat = 1.0) -> None:
@@ -51,10 +53,24 @@ class Tensorboard(Sink):
                 self._numbers("served", figures | fields["counts"], fields["samples"])
             case "guard":
                 self.writer.add_text("guard", f"{fields['what']}: {fields['reason']}", fields["samples"])
+            case "sample":
+                self._sample(fields)
             case "figures":
                 self._numbers("test", {name: value for name, value in fields.items() if name != "task"}, fields["task"] + 1)
             case "task_finished":
                 self._numbers("run", {"memory_bytes": fields["memory_bytes"], "parameters": fields["parameters"]}, fields["task"] + 1)
+
+    def _sample(self, fields: dict[str, Any]) -> None:
+        rewards = [f"{name} {value:.3g}" for name, value in fields["rewards"].items() if value is not None]
+        told = [*rewards, f"{fields['length']} tokens"]
+        quoted = [f"    {line}" for name in ("question", "answer") for line in [*fields[name].splitlines(), ""]]  # as it was said
+        self.writer.add_text("samples", "\n".join([*quoted, ", ".join(told)]), fields["global_step"])
+        if "picture" in fields:
+            import numpy as np
+            from PIL import Image
+
+            picture = Image.open(io.BytesIO(base64.b64decode(fields["picture"])))
+            self.writer.add_image("samples", np.asarray(picture), fields["global_step"], dataformats="HWC")
 
     def _numbers(self, group: str, values: dict[str, Any], step: int) -> None:
         for name, value in values.items():

@@ -21,7 +21,7 @@ from streamcl.options import NonNegativeFloat, Optimizer, PositiveFloat, Positiv
 from streamcl.stream import Column, StreamInfo, Task
 from streamcl.verifier import Verifier
 
-from ._rollouts import Aggregation, Estimator, Rollouts, total
+from ._rollouts import Aggregation, Estimator, Rollouts, compared, total
 
 
 class PolicyLearner(Learner):
@@ -29,10 +29,17 @@ class PolicyLearner(Learner):
 
     A session makes `steps` updates; for each batch of rollouts `prompts` prompts are answered `group` times and learned from in
     `updates` steps of the optimiser (1: strictly on policy). `rewards` are verifiers with their weights, the first one the outcome.
+
+    Of a language model `at_once` rows go through forward and backward together, all of an update's where it is None: so much memory is
+    needed, and a mean over tokens is then the mean of those parts. `vllm` lets that library sample, on a GPU.
     """
 
-    estimator: ClassVar[Estimator | None] = "k3"  # of the divergence as a loss; None where the method has none there
-    spread: ClassVar[float] = 1e-4  # what is added to a group's deviation
+    estimator: Estimator | None = "k3"  # of the divergence as a loss; None where the method has it in its advantages: see Rollouts.drift
+    bias_correction: bool = False  # each token's estimate counts by its ratio: see `divergence`
+    clamp: ClassVar[float | None] = None  # of the logarithms' difference in the estimate
+    kl_aggregation: ClassVar[Aggregation | None] = None  # of the divergence, where it is not that of the rest
+    whole: ClassVar[bool] = False  # the ratio that is clipped is of whole completions
+    spread: float | None = 1e-4  # what is added to a group's deviation; None where advantages are not divided by it
     shuffles: ClassVar[bool] = False  # also answer with frames in random order: extra["shuffled"], their mean outcome, NaN without frames
 
     def __init__(
@@ -51,12 +58,15 @@ class PolicyLearner(Learner):
         schedule: Schedule = Schedule(),  # noqa: B008
         clip: PositiveFloat | None = 1.0,
         temperature: PositiveFloat = 1.0,
+        at_once: PositiveInt | None = None,
+        vllm: bool = False,
     ) -> None:
         if group < 2:
             raise ConfigError("learner: group is 1, and a group of one has no mean to be better than: take 2 or more")
         self.steps, self.prompts, self.group, self.updates = steps, prompts, group, updates
         self.rewards, self.beta, self.temperature = tuple(rewards), beta, temperature
         self.clip_low, self.clip_high, self.clip = clip_low, clip_high, clip
+        self.at_once, self.vllm = at_once, vllm
         self.aggregation: Aggregation = aggregation
         self.optimizer_settings, self.schedule = Optimizer.model_validate(optimizer), Schedule.model_validate(schedule)
 
@@ -72,12 +82,7 @@ class PolicyLearner(Learner):
 
     def advantages(self, rollouts: Rollouts, earned: Tensor) -> Tensor:
         """By how much each row is better than its group  # (N,), or (N, T)"""
-        groups = rollouts.grouped(earned)
-        known = ~groups.isnan()
-        mean = groups.nanmean(dim=1, keepdim=True)
-        count = known.sum(dim=1, keepdim=True)
-        deviation = ((groups - mean).square().nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        return ((groups - mean) / (deviation + self.spread)).nan_to_num(0.0).flatten()
+        return compared(rollouts, earned, self.spread)
 
     def kl_weights(self, rollouts: Rollouts, advantages: Tensor) -> Tensor | None:
         """How much each row counts in the divergence; None for 1  # (N,)"""
@@ -87,11 +92,45 @@ class PolicyLearner(Learner):
         """What of a batch of rollouts a person should see beside rewards and lengths."""
         return {}
 
+    def usual(self) -> tuple[Verifier, ...]:
+        """The rewards of a language model where none are named."""
+        from streamcl.verifiers.own import Own
+
+        return (Own(),)
+
+    def loss(
+        self,
+        policy: Tensor,
+        old: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        longest: int,
+        reference: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ln p of the tokens that were sampled, under three policies; `longest` is what a completion may have at most.
+
+        # policy, old, reference, mask (N, T); advantages (N,) or (N, T); weights (N,)
+        """
+        if self.whole:
+            rows = mask.any(dim=1, keepdim=True).to(policy.dtype)
+            said, before = ((values * mask).sum(dim=1, keepdim=True) for values in (policy, old))
+            loss = aggregated(surrogate(said, before, advantages, self.clip_low, self.clip_high), rows, "sum", longest)
+        else:
+            loss = aggregated(surrogate(policy, old, advantages, self.clip_low, self.clip_high), mask, self.aggregation, longest)
+        if self.beta == 0 or reference is None or self.estimator is None:
+            return loss
+        kl = divergence(policy, reference, self.estimator, self.clamp, old if self.bias_correction else None)
+        if weights is not None:
+            kl = kl * weights[:, None]
+        return loss + self.beta * aggregated(kl, mask, self.kl_aggregation or self.aggregation, longest)
+
     # -- running it --------------------------------------------------------------------------------------------------------------
 
     def start(self, info: StreamInfo, context: Context) -> None:
         super().start(info, context)
         if language_model(context.model) is not None:
+            self.rewards = self.rewards or self.usual()
             from ._trl import LanguageSession
 
             self.session: Any = LanguageSession(self)
@@ -114,29 +153,28 @@ class PolicyLearner(Learner):
         self.session.restore(state)
 
 
-def divergence(policy: Tensor, reference: Tensor, estimator: Estimator, clamp: float | None = None) -> Tensor:
-    """An estimate of KL(policy || reference) of each token by ln p of the tokens that were sampled  # as both
+def divergence(policy: Tensor, reference: Tensor, estimator: Estimator, clamp: float | None = None, old: Tensor | None = None) -> Tensor:
+    """An estimate of KL(policy || reference) of each token, by ln p of the tokens that the policy sampled  # as both
 
-    As losses they are not alike: the gradient of k2 is that of KL(policy || reference), of k3 that of KL(reference || policy), and k1 has
-    none in expectation.
+    As losses they are not alike. In expectation the gradient of k1 is none, of k2 that of KL(policy || reference), the reverse one, and of
+    k3 that of KL(reference || policy), the forward one. With ln p of what sampled (`old`) each estimate counts by its ratio, which makes
+    the gradient of k1 and of k3 that of KL(policy || reference).
     """
     u = reference - policy
     if clamp is not None:
         u = u.clamp(-clamp, clamp)
-    if estimator == "k1":
-        return -u
-    if estimator == "k2":
-        return u.square() / 2
-    return u.exp() - 1 - u
+    estimate = -u if estimator == "k1" else u.square() / 2 if estimator == "k2" else u.expm1() - u
+    return estimate if old is None else estimate * (policy - old).exp()
 
 
 def aggregated(values: Tensor, mask: Tensor, how: Aggregation, longest: int) -> Tensor:
-    """One number of (N, T) values: the mean over rows of their means, the mean over tokens, or the sum over N times `longest`."""
+    """One number of (N, T) values: the mean over rows of their means, the mean over tokens, the sum over N times `longest`, or the mean
+    over rows of their sums."""
     if how == "sequence":
         return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
     if how == "token":
         return (values * mask).sum() / mask.sum().clamp(min=1)
-    return (values * mask).sum() / (len(values) * longest)
+    return (values * mask).sum() / (len(values) * (longest if how == "constant" else 1))
 
 
 def surrogate(policy: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:

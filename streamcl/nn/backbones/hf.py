@@ -4,8 +4,9 @@ Transformers (Wolf et al., 2020). `model` is read from the local cache, the hub 
 beside the weights. Text is tokenised as it arrives and cut at `max_length` tokens; images get the size, mean and deviation of the
 model's image processor, and one channel is repeated in three. `pooling` makes one vector of the tokens: their mean (over those that are
 no padding), the first one (cls), or the model's own pooler. A ViLT reads an image and a text at once (`hf:dandelin/vilt-b32-mlm`), takes
-prompts, and always gives its pooled first token; texts are padded to `max_length` or what it has places for. The licence is the weights'
-own, from the model card where it lies beside.
+prompts, and always gives its pooled first token; texts are padded to `max_length` or what it has places for. Where the stream is to be
+answered in words it is a language model that speaks (`hf:Qwen/Qwen2.5-VL-7B-Instruct`), as the backbone language_model has it with its
+defaults. The licence is the weights' own, from the model card where it lies beside.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from streamcl.options import PositiveInt
 from streamcl.stream import Batch, StreamInfo, Transform
 
 from ._vilt import Vilt
+from .language_model import Speaker
 
 FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "README.md")  # weights, settings, vocabularies, the model card
 READS = {"input_ids": "text", "pixel_values": "image"}
 BOTH = "image and text"
+SPEAKS = "words"
 
 
 class HuggingFace(Pretrained):
@@ -53,6 +56,11 @@ class HuggingFace(Pretrained):
         return folder if folder.is_dir() else fetch(self.reader, self.model, FILES, "model", self.revision)
 
     def load(self, info: StreamInfo) -> None:
+        if "verified" in info.metrics:
+            self.speaker = Speaker(model=self.model, revision=self.revision)
+            self.speaker.build(info)
+            self.kind, self.dim, self.origin, self.licence = SPEAKS, self.speaker.dim, self.speaker.origin, self.speaker.licence
+            return
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         folder = self.find()
@@ -152,6 +160,8 @@ class HuggingFace(Pretrained):
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
     def encode(self, batch: Batch) -> Tensor:
+        if self.kind == SPEAKS:
+            return self.speaker(batch)
         if self.kind == BOTH:
             return encode(self.parts, batch)
         if self.kind == "text":
@@ -159,6 +169,8 @@ class HuggingFace(Pretrained):
         return self.pooled(pixel_values=numbers(batch, self.reads))
 
     def save(self, folder: Path) -> dict[str, Any]:
+        if self.kind == SPEAKS:
+            return self.speaker.save(folder)
         self.net.save_pretrained(folder)
         for part, kinds in (("tokenizer", ("text", BOTH)), ("processor", ("image", BOTH))):
             if self.kind in kinds:
@@ -174,7 +186,7 @@ class HuggingFace(Pretrained):
         return (size.get("height") or edge, size.get("width") or edge)
 
     def transforms(self) -> dict[str, list[Transform]]:
-        if self.kind == "text":
+        if self.kind in ("text", SPEAKS):
             return super().transforms()
         processor = self.processor
         edge = processor.size.get("shortest_edge")

@@ -1,0 +1,123 @@
+"""Iterative rejection sampling: the model answers, and what is right of its own answers it is taught; round after round.
+
+RAFT (Dong et al., TMLR 2023, arXiv 2304.06767), also known as expert iteration: the honest baseline of reinforcement, since its data are on
+policy and it has neither negative examples nor advantages. In each of `rounds` the policy of the moment answers `prompts` prompts `group`
+times. An answer is kept where the weighted mean of its `rewards` (the rows' own verifiers, unless others are named) is at least `accept`;
+`most` limits how many are kept of one prompt, so that easy prompts do not outweigh the others. What is kept is learned `epochs` times, as
+by sft; the schedule goes by rounds. The optimiser lasts a session.
+
+Evidence: small real data
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from streamcl.context import Context
+from streamcl.data import ArrayDataset
+from streamcl.learner import Report
+from streamcl.nn.model import Model
+from streamcl.options import Fraction, Optimizer, PositiveFloat, PositiveInt, Schedule
+from streamcl.seeding import generator
+from streamcl.stream import Batch, Task, take
+from streamcl.verifier import Verifier
+from streamcl.verifiers.own import Own
+
+from .sft import RESPONSE, _Supervised
+
+
+class RejectionSFT(_Supervised):
+    def __init__(
+        self,
+        *,
+        rounds: PositiveInt = 4,
+        prompts: PositiveInt = 64,
+        group: PositiveInt = 8,
+        rewards: tuple[Verifier, ...] = (),
+        accept: Fraction = 0.5,
+        most: PositiveInt | None = None,
+        temperature: PositiveFloat = 1.0,
+        epochs: PositiveInt = 1,
+        batch: PositiveInt = 32,
+        accumulate: PositiveInt = 1,
+        optimizer: Optimizer = Optimizer(name="adamw", lr=1e-5, weight_decay=0.0),  # noqa: B008
+        schedule: Schedule = Schedule(),  # noqa: B008
+        clip: PositiveFloat | None = 1.0,
+    ) -> None:
+        super().__init__(batch=batch, accumulate=accumulate, optimizer=optimizer, schedule=schedule, clip=clip)
+        self.rounds, self.prompts, self.group, self.epochs, self.temperature = rounds, prompts, group, epochs, temperature
+        self.rewards: tuple[Verifier, ...] = tuple(rewards) or (Own(),)
+        self.accept, self.most = accept, most
+        self.round = 0
+        self.kept: list[tuple[int, str]] | None = None  # of the round at hand: rows, and what they were answered with
+        self.shares: list[float] = []  # of the answers of each round, those that were kept
+        self.lengths: list[float] = []
+
+    def progress(self) -> tuple[int, int]:
+        return self.round, self.rounds
+
+    def fit(self, model: Model, task: Task, context: Context) -> Report:
+        saved = self.saved
+        self.round = int(saved.get("round", 0))
+        self.kept = [(int(row), str(answer)) for row, answer in saved["kept"]] if saved.get("kept") is not None else None
+        self.shares, self.lengths = list(saved.get("shares", [])), list(saved.get("lengths", []))
+        self.begin()
+        while self.round < self.rounds:
+            if self.kept is None:
+                self.kept = self._answers(task)
+            self._learn(task, self.kept)
+            self.round, self.kept = self.round + 1, None
+        report = self.end()
+        figures = {"accepted": self.shares[-1], "accepted_at_first": self.shares[0], "length": self.lengths[-1]}
+        self.round = 0
+        return Report({**report.figures, **figures})
+
+    def _answers(self, task: Task) -> list[tuple[int, str]]:
+        """What of this round's answers is kept."""
+        context, number = self.context, self.round
+        draw = generator(context.seed, "rejection", task.index, number)
+        rows = torch.randperm(len(task.train), generator=draw)[: self.prompts]
+        raw = task.train[rows]
+        spoken = self.language.speak(context.prepare(raw, train=False), temperature=self.temperature, samples=self.group, generator=draw)
+        fits = self._judged(spoken.texts, raw) >= self.accept
+        if self.most is not None:
+            groups = fits.view(-1, self.group)
+            fits = (groups & (groups.long().cumsum(dim=1) <= self.most)).flatten()
+        self.shares.append(float(fits.float().mean()))
+        self.lengths.append(float(spoken.lengths.float().mean()))
+        context.log(accepted=self.shares[-1], length=self.lengths[-1])
+        if not bool(fits.any()):
+            context.events.warn(
+                f"round {number + 1} of {self.rounds}: none of {len(fits)} answers was accepted, so that nothing is learned from it: take "
+                "easier prompts, more answers to each (learner.group), or warm the model up (a session of sft)"
+            )
+        return [(int(rows[place // self.group]), spoken.texts[place]) for place in fits.nonzero().squeeze(1).tolist()]
+
+    def _judged(self, answers: list[str], raw: Batch) -> torch.Tensor:
+        """The weighted mean of the rewards that say something of an answer; 0 where none does  # (answers,)"""
+        places = torch.arange(len(raw)).repeat_interleave(self.group)
+        rows = {name: take(column, places) for name, column in raw.extra.items()}
+        judged = torch.stack([verifier(answers, rows).float().cpu() for verifier in self.rewards], dim=1)
+        weights = torch.tensor([verifier.weight for verifier in self.rewards]) * ~judged.isnan()
+        return ((judged.nan_to_num(0.0) * weights).sum(dim=1) / weights.sum(dim=1)).nan_to_num(0.0)
+
+    def _learn(self, task: Task, kept: list[tuple[int, str]]) -> None:
+        if not kept:
+            return
+        context, name = self.context, f"round {self.round + 1}"
+        rows = task.train[torch.tensor([row for row, _ in kept])]
+        assert rows.target is not None
+        data = ArrayDataset(rows.inputs, rows.target, rows.ids, rows.present, {**rows.extra, RESPONSE: [answer for _, answer in kept]})
+        for epoch in context.epochs(self.epochs, name):
+            for raw in context.batches(data, self.batch, epoch=epoch, name=name, every=self.accumulate):
+                answers = raw.extra[RESPONSE]
+                assert isinstance(answers, list)
+                self.teach(raw, answers)
+
+    def inside(self) -> dict[str, Any]:
+        found = super().inside()
+        if self.optimizer is None:
+            return found
+        return {**found, "round": self.round, "kept": self.kept, "shares": self.shares, "lengths": self.lengths}
