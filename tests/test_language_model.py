@@ -91,30 +91,36 @@ def qwen_vl(folder: Path) -> StreamInfo:
     network = Qwen2_5_VLForConditionalGeneration(config)
     network.generation_config.update(pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=words.bos_token_id)
     network.save_pretrained(folder)
-    pixels = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
+    pixels: dict[str, Any] = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
     Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(**pixels), words, Qwen2VLVideoProcessor(**pixels), chat_template=words.chat_template
     ).save_pretrained(folder)
     return SEEN
 
 
-def qwen(folder: Path) -> StreamInfo:
+def mistral(folder: Path) -> StreamInfo:
     """Of words alone."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import MistralConfig, MistralForCausalLM
 
     words = tiny_vlm.tokenizer()
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    signs = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    signs: dict[str, Any] = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**size, **signs, vocab_size=len(words), max_position_embeddings=128)).save_pretrained(folder)
+    MistralForCausalLM(MistralConfig(**size, **signs, vocab_size=len(words), max_position_embeddings=128)).save_pretrained(folder)
     words.save_pretrained(folder)
     return READ
 
 
-KINDS: list[Callable[[Path], StreamInfo]] = [llava, qwen_vl, qwen]
+KINDS: list[Callable[[Path], StreamInfo]] = [llava, qwen_vl, mistral]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=["llava", "qwen2.5-vl", "qwen2"])
+@pytest.fixture(scope="module", params=KINDS, ids=["llava", "qwen2.5-vl", "mistral"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StreamInfo]:
     place = tmp_path_factory.mktemp("model") / "saved"
     return place, request.param(place)
@@ -131,6 +137,8 @@ def read(folder: tuple[Path, StreamInfo], name: str = "language_model", **option
 
 def test_a_folder_speaks(folder: tuple[Path, StreamInfo]) -> None:
     model, batch = read(folder), batch_of(folder[1])
+    prompts = model.tokenizer.batch_decode(model.encode(batch)["input_ids"])
+    assert all(f"{question}<assistant>" in prompt for question, prompt in zip(QUESTIONS, prompts, strict=True))
     spoken = model.speak(batch)
     assert len(spoken.texts) == 3
     found = model.logits(batch, spoken)
@@ -167,13 +175,14 @@ def test_answers_are_taught_as_they_would_be_written(folder: tuple[Path, StreamI
 
 
 def test_hf_speaks_where_the_stream_is_answered_in_words(folder: tuple[Path, StreamInfo]) -> None:
-    model = Model(read(folder, "hf"))
+    backbone = read(folder, "hf")
+    model = Model(backbone)
     language: Any = language_model(model)
-    assert language is model.backbone.speaker
+    assert language is backbone.speaker
     batch = batch_of(folder[1])
     assert language.speak(batch, longest=5).texts == read(folder).speak(batch).texts
-    assert model.features(batch).shape == (3, model.backbone.dim)
-    assert model.backbone.origin == language.origin
+    assert model.features(batch).shape == (3, backbone.dim)
+    assert backbone.origin == language.origin
 
 
 def test_what_was_saved_is_read_again(folder: tuple[Path, StreamInfo], tmp_path: Path) -> None:
@@ -202,7 +211,6 @@ def step(model: Any, info: StreamInfo, rate: float = 0.1) -> None:
     """One step of training on an answer."""
     inputs = model.encode(batch_of(info), ["red", "blue", "three"])
     network = model.network
-    inputs["labels"] = inputs["labels"]
     optimizer = torch.optim.SGD([value for value in network.parameters() if value.requires_grad], lr=rate)
     network(**inputs).loss.backward()
     optimizer.step()
@@ -212,7 +220,8 @@ def step(model: Any, info: StreamInfo, rate: float = 0.1) -> None:
 def adapted(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], exclude_modules=r".*(vision|visual).*")
+    layers = r".*(?<!vision_model)\.layers\.\d+\.self_attn\.(q|v)_proj"
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=layers)
     model.network = get_peft_model(model.network, config)
     return model
 
@@ -356,7 +365,7 @@ def test_a_folder_that_lacks_something_gets_one_message(tmp_path: Path, spoil: C
 
 
 def test_words_alone_are_no_pictures(tmp_path: Path) -> None:
-    qwen(tmp_path / "saved")
+    mistral(tmp_path / "saved")
     with pytest.raises(ConfigError, match="reads words alone, and the stream has image"):
         read((tmp_path / "saved", SEEN))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.sessions.learners import sft
+from strategies.sessions.learners._supervised import Template, said_loss
 from strategies.sessions.learners.rejection_sft import RejectionSFT
 from streamcl.config import plugin_spec
 from streamcl.context import Context
@@ -22,7 +22,7 @@ from streamcl.stream import Batch, SourceData, StreamInfo, Task
 from streamcl.verifier import Verifier
 
 SMALL = {"hidden": 16, "layers": 1, "heads": 2, "longest": 4}
-FAST = {"optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.0}, "batch": 4}
+FAST: dict[str, Any] = {"optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.0}, "batch": 4}
 
 
 class Stopped(Exception):
@@ -107,22 +107,20 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(data: SourceData) -
         chances = logits[-said.shape[1] - 1 : -1].log_softmax(dim=1)
         total -= chances.gather(1, said.T).sum().item()
         tokens += said.shape[1]
-    assert float(sft.said_loss(language, batch, answers)) == pytest.approx(total / tokens, abs=1e-5)
+    assert said_loss(language, batch, answers).item() == pytest.approx(total / tokens, abs=1e-5)
 
 
 def test_a_template_holds_the_columns_of_the_row(data: SourceData) -> None:
-    context = begin(data, learner_of(), task_of(data.train))
     batch = data.train[torch.tensor([0, 1])]
     assert isinstance(batch.inputs["text"], list)
-    filled = sft.Template("{{{skill}}} {question} = {answer}").filled(batch, context.model.backbone)
+    filled = Template("{{{skill}}} {question} = {answer}").filled(batch)
     assert filled == [f"{{counting}} {q} = {a}" for q, a in zip(batch.inputs["text"], batch.extra["answer"], strict=True)]
 
 
 def test_a_row_may_bring_its_own_response(data: SourceData) -> None:
     own = with_extra(data, response=["it is 3", *[""] * 8])
-    context = begin(data, learner_of(), task_of(own))
-    assert sft.Template("so {answer}").filled(own[torch.tensor([0, 1])], context.model.backbone)[0] == "it is 3"
-    assert sft.Template("so {answer}").filled(own[torch.tensor([0, 1])], context.model.backbone)[1].startswith("so ")
+    assert Template("so {answer}").filled(own[torch.tensor([0, 1])])[0] == "it is 3"
+    assert Template("so {answer}").filled(own[torch.tensor([0, 1])])[1].startswith("so ")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +142,15 @@ def test_a_row_without_an_answer_is_named(data: SourceData) -> None:
         learner.check(task_of(rows))
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_anything_is_learned(data: SourceData) -> None:
+    learner = learner_of()
+    context = begin(data, learner, task_of(data.train))
+    language: Any = context.model.backbone
+    language.longest = 512
+    with pytest.raises(DataError, match="an answer up to 512"):
+        learner.check(task_of(data.train))
+
+
 def test_a_model_that_does_not_speak_is_refused(data: SourceData) -> None:
     backbone = plugin_spec("backbone", "identity").build()
     info = StreamInfo({"image": data.modalities["image"]}, target="text")
@@ -159,19 +166,21 @@ def test_a_model_that_does_not_speak_is_refused(data: SourceData) -> None:
 def test_what_is_taught_is_learned(data: SourceData) -> None:
     task, learner = task_of(data.train), learner_of(template="<answer> {answer} </answer>", epochs=40)
     context = begin(data, learner, task)
-    before = sft.said_loss(context.model.backbone, context.prepare(data.train[torch.arange(9)]), ["<answer> 3 </answer>"] * 9)
+    language: Any = context.model.backbone
+    before = said_loss(language, context.prepare(data.train[torch.arange(9)]), ["<answer> 3 </answer>"] * 9)
     report = learner.fit(context.model, task, context)
-    assert report.figures["loss"] < float(before)
-    spoken = context.model.backbone.speak(context.prepare(data.train[torch.arange(9)]))
+    assert report.figures["loss"] < before.item()
+    spoken = language.speak(context.prepare(data.train[torch.arange(9)]))
     assert all(text.startswith("<answer>") for text in spoken.texts)
-    assert not context.model.backbone.network.training
+    assert not any(module.training for module in language.network.modules())
     assert learner.state() == {"inside": {}}
 
 
 def test_gradients_that_accumulate_are_those_of_the_whole_batch(data: SourceData) -> None:
     rows = with_extra(data, answer=["3"] * 9)  # as many tokens in each
     found = []
-    for options in ({"batch": 6}, {"batch": 2, "accumulate": 3}):
+    ways: list[dict[str, Any]] = [{"batch": 6}, {"batch": 2, "accumulate": 3}]
+    for options in ways:
         task, learner = task_of(rows), learner_of(**options, steps=1, shuffle=False, optimizer={"name": "sgd", "lr": 0.1}, clip=None)
         context = begin(data, learner, task)
         learner.fit(context.model, task, context)
@@ -283,11 +292,11 @@ def test_what_is_kept_are_the_models_own_answers_that_were_accepted(data: Source
     assert 0 < report.figures["accepted"] <= len(last) / 20
 
 
-def test_a_round_of_which_nothing_is_kept_says_so_and_changes_nothing(data: SourceData) -> None:
+def test_a_round_of_which_nothing_is_kept_says_so_and_changes_nothing(data: SourceData, monkeypatch: pytest.MonkeyPatch) -> None:
     task, learner = task_of(data.train), learner_of("rejection_sft", rounds=1, prompts=4, group=2, rewards=["format"])
     context = begin(data, learner, task)
     warnings: list[str] = []
-    context.events.warn = warnings.append  # type: ignore[method-assign]
+    monkeypatch.setattr(context.events, "warn", warnings.append)
     before = weights(context)
     report = learner.fit(context.model, task, context)
     assert same(weights(context), before)

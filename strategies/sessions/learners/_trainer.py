@@ -7,6 +7,7 @@ Its internals move from version to version: TESTED are those that this file was 
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,7 @@ def check_library() -> None:
     """Refuse a TRL whose inner functions are not those that are overridden here."""
     first, last = TESTED
     told = f"TRL {trl.__version__} is installed"
-    if not first <= tuple(map(int, trl.__version__.split(".")[:2])) < last:
+    if not first <= tuple(map(int, re.findall(r"\d+", trl.__version__)[:2])) < last:
         first_told, last_told = (".".join(map(str, version)) for version in TESTED)
         raise ConfigError(f"{told}, and learners were tested on {first_told} up to, and without, {last_told}: pip install 'streamcl[rl]'")
     for name, wanted in HOOKS.items():

@@ -25,10 +25,10 @@ from streamcl.stream import Batch, Task, take
 from streamcl.verifier import Verifier
 from streamcl.verifiers.own import Own
 
-from .sft import RESPONSE, _Supervised
+from ._supervised import RESPONSE, Supervised
 
 
-class RejectionSFT(_Supervised):
+class RejectionSFT(Supervised):
     def __init__(
         self,
         *,

@@ -271,7 +271,9 @@ class Speaker(LanguageModel):
     def forward(self, batch: Batch) -> Tensor:
         """The hidden state of the token after which an answer would begin  # (batch, dim)"""
         return (
-            self.network(**self._placed(self.encode(batch)), output_hidden_states=True, logits_to_keep=1).hidden_states[-1][:, -1].float()
+            self.network(**self._placed(self._asked(batch, 0)), output_hidden_states=True, logits_to_keep=1)
+            .hidden_states[-1][:, -1]
+            .float()
         )
 
     @torch.no_grad()

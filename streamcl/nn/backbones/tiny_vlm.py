@@ -1,9 +1,9 @@
-"""A vision-language model that is small enough to learn on a laptop: Llava's architecture, with a vision transformer and a Llama of some
-layers, made on the spot and untrained; `model.pretrain` with the learner sft warms it up.
+"""A vision-language model that is small enough to learn on a laptop: Llava's architecture with a few layers.
 
-It reads and says whole words, those of the built-in puzzles and `words` (divided by spaces) beside. Pictures are squares whose edge `patch`
-divides, as the stream has them. Everything else is as with a large model (see language_model), from the folder that it is read from to the
-chat template; but prompts that come again are tokenised once, pictures stay tensors, and the answers to one prompt share the reading of it.
+Made on the spot, a vision transformer and a Llama, and untrained; `model.pretrain` with the learner sft warms it up. It reads and says
+whole words, those of the built-in puzzles and `words` (divided by spaces) beside. Pictures are squares whose edge `patch` divides, as the
+stream has them. Everything else is as with a large model (see language_model), from the folder that it is read from to the chat template;
+but prompts that come again are tokenised once, pictures stay tensors, and the answers to one prompt share the reading of it.
 """
 
 from __future__ import annotations
