@@ -21,8 +21,9 @@ from streamcl.nn.language import LanguageModel, Spoken, language_model
 from streamcl.options import Fraction, Lora, NonNegativeInt
 from streamcl.seeding import generator
 from streamcl.strategy import Strategy
-from streamcl.stream import Batch, Prediction, StreamInfo, Task
+from streamcl.stream import Batch, Prediction, StreamInfo, Task, take
 from streamcl.verifier import Verifier
+from streamcl.verifiers.own import Own
 
 POLICIES = ("base", "previous")
 
@@ -30,7 +31,9 @@ POLICIES = ("base", "previous")
 class Sessions(Strategy):
     """`replay` is the share of a session's rows that are earlier prompts, from the memory of exemplars; `reference` the policy that a
     learner's penalty holds on to. Of each test row `samples` further answers are drawn, for pass@k; `probes` rows of each batch tell how
-    far the policy went from those it came from; `format` judges how an answer is written."""
+    far the policy went from those it came from; `format` judges how an answer is written. With `ladder`, so many answers are drawn to each
+    question of a session before it begins, and its rows stand from those that the policy mostly answers right to those it does not, of
+    equal ones the shorter answers first: Observe-R1's order (arXiv 2505.12432) by the policy of the moment."""
 
     targets = ("text", "class")
     selection = "reservoir"
@@ -45,12 +48,15 @@ class Sessions(Strategy):
         samples: NonNegativeInt = 0,
         probes: NonNegativeInt = 0,
         format: Verifier | None = None,
+        ladder: NonNegativeInt = 0,
     ) -> None:
         if replay == 1:
             raise ConfigError("strategy.replay is 1, which leaves no room for what is new: take a share below 1")
         self.learner, self.replay, self.reference = learner, replay, reference
         self.adapter = None if adapter is None else Lora.model_validate(adapter)
         self.samples, self.probes, self.format = samples, probes, format
+        self.ladder = ladder
+        self.order: Tensor | None = None  # of the rows of the session at hand, where there is a ladder
         self.needs_exemplars = replay > 0
         self.begun = -1  # the session at hand, once what comes before it is done
         self.spoken: Spoken | None = None  # the greedy answers to the batch at hand
@@ -75,8 +81,8 @@ class Sessions(Strategy):
             )
         if info.target != "text" and self.language is not None:
             raise ConfigError(f"the backbone answers in words, and the target of this stream is {info.target}: take a classifier (mlp)")
-        if self.language is None and (self.adapter or self.samples or self.probes or self.format):
-            raise ConfigError("strategy: adapter, samples, probes and format belong to models that answer in words: leave them out")
+        if self.language is None and (self.adapter or self.samples or self.probes or self.format or self.ladder):
+            raise ConfigError("strategy: adapter, samples, probes, format and ladder belong to models that answer in words: leave them out")
         if self.adapter is not None:
             self.wrap(self.adapter)
         self.learner.reference = self.reference
@@ -89,7 +95,10 @@ class Sessions(Strategy):
             self.before_session(task)
             if self.language is not None:
                 self.language.keep("previous")
+            self.order = self.climbed(mine) if self.ladder else None
             self.begun = task.index
+        if self.order is not None:
+            mine = dataclasses.replace(mine, train=Subset(mine.train, self.order), about={**mine.about, "ordered": True})
         report = self.learner.fit(self.model, mine, self.context)
         if report.figures:
             self.context.events.emit("figures", task=task.index, **report.figures)
@@ -109,6 +118,20 @@ class Sessions(Strategy):
         # An order from easy to hard is the task's own: what is earlier is strewn in.
         places = torch.randperm(len(task.train) + len(earlier), generator=generator(self.context.seed, "replayed", task.index))
         return _with_rows(task, Joined([task.train, earlier]), places[: len(earlier)].sort().values)
+
+    def climbed(self, task: Task) -> Tensor:
+        """The rows from easy to hard, as the policy finds them now  # (rows,)"""
+        assert self.language is not None
+        verifier, draw = Own(), generator(self.context.seed, "ladder", task.index)
+        rates, lengths = [], []
+        for raw in task.train.batches(256):
+            spoken = self.language.speak(self.context.prepare(raw, train=False), temperature=1.0, samples=self.ladder, generator=draw)
+            rows = torch.arange(len(raw)).repeat_interleave(self.ladder)
+            right = verifier(spoken.texts, {name: take(column, rows) for name, column in raw.extra.items()})
+            rates.append(right.view(-1, self.ladder).nanmean(dim=1).nan_to_num(0.0))
+            lengths.append(spoken.lengths.view(-1, self.ladder).float().mean(dim=1).cpu())
+        shortest_first = torch.cat(lengths).argsort(stable=True)
+        return shortest_first[torch.cat(rates)[shortest_first].argsort(stable=True, descending=True)]
 
     def wrap(self, settings: Lora, name: str = "default") -> None:
         """Put a fresh adapter around the network, whose own weights are frozen from then on."""
@@ -164,10 +187,10 @@ class Sessions(Strategy):
 
     def state(self) -> dict[str, Any]:
         kept = {} if self.language is None else self.language.kept()
-        return {"begun": self.begun, "learner": self.learner.state(), "kept": kept}
+        return {"begun": self.begun, "order": self.order, "learner": self.learner.state(), "kept": kept}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.begun = int(state["begun"])
+        self.begun, self.order = int(state["begun"]), state["order"]
         if self.language is not None:
             self.language.restore_kept(state["kept"])
         self.learner.restore(state["learner"])
