@@ -108,7 +108,7 @@ class Lora(_Settings):
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
     dropout: Fraction = 0.0
-    layers: str | tuple[str, ...] = "all-linear"
+    layers: str | list[str] = "all-linear"
 
 
 def _as_float(value: Any) -> Any:

@@ -170,6 +170,22 @@ QUICK |= {
     "casp": {"strategy": {"window": 32, "contrast_epochs": 2, "snapshots": 1, "label_epochs": 1}, **VALUES_SERVED},
 }
 
+_TINY: dict[str, Any] = {"name": "tiny_vlm", "hidden": 16, "layers": 1, "heads": 2, "longest": 4}
+_TAUGHT: dict[str, Any] = {"name": "sft", "steps": 2, "batch": 8, "optimizer": {"name": "adamw", "lr": 0.01}}
+SPOKEN: dict[str, Any] = {  # answered in words by a model that was not taught any
+    "scenario": {
+        "name": "reasoning",
+        "data": {"name": "puzzles", "skills": ["counting", "comparing", "chart"], "count": 12, "test": 6, "difficulty": [1, 1]},
+    },
+    "model": {"backbone": _TINY},
+    "memory": {"exemplars": 6},
+}
+QUICK |= {
+    "sequential": {"strategy": {"learner": _TAUGHT, "replay": 0.25, "samples": 2, "probes": 2, "format": "format"}, **SPOKEN},
+    "merge": {"strategy": {"learner": _TAUGHT}, **SPOKEN},
+    "adapter_per_session": {"strategy": {"learner": _TAUGHT, "adapter": {"rank": 2, "alpha": 4, "dropout": 0.1}}, **SPOKEN},
+}
+
 
 def family(name: str) -> str:
     found = plugins("strategy").get(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 from streamcl.config import plugin_spec
 from streamcl.errors import ConfigError, DataError
 from streamcl.nn import tiny_vlm
-from streamcl.nn.language import language_model
+from streamcl.nn.language import _apart, language_model
 from streamcl.nn.model import Model
 from streamcl.stream import Batch, Modality, StreamInfo
 
@@ -183,6 +185,12 @@ def test_hf_speaks_where_the_stream_is_answered_in_words(folder: tuple[Path, Str
     assert language.speak(batch, longest=5).texts == read(folder).speak(batch).texts
     assert model.features(batch).shape == (3, backbone.dim)
     assert backbone.origin == language.origin
+    told = {"longest": 7, "prompt": "so: {question}", "system": "look", "dtype": "bfloat16", "at_once": 3}
+    speaker = read(folder, "hf", **told).speaker
+    assert {name: getattr(speaker, name) for name in told} == told
+    assert speaker.network.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="only models that answer in words have longest"):
+        read((folder[0], StreamInfo(folder[1].modalities)), "hf", longest=7)
 
 
 def test_what_was_saved_is_read_again(folder: tuple[Path, StreamInfo], tmp_path: Path) -> None:
@@ -192,6 +200,63 @@ def test_what_was_saved_is_read_again(folder: tuple[Path, StreamInfo], tmp_path:
     again = read((tmp_path, folder[1]))
     batch = batch_of(folder[1])
     assert torch.equal(again.logits(batch, model.speak(batch)), model.logits(batch, model.speak(batch)))
+
+
+def test_a_save_holds_the_adapter_and_leaves_the_network_as_it_is(folder: tuple[Path, StreamInfo], tmp_path: Path) -> None:
+    model, batch = adapted(read(folder)), batch_of(folder[1])
+    step(model, folder[1], rate=10.0)
+    step(model, folder[1], rate=10.0)
+    spoken = model.speak(batch)
+    before = {key: value.clone() for key, value in model.network.state_dict().items()}
+    model.save(tmp_path)
+    after = model.network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    whole = copy.deepcopy(model)
+    whole.network = whole.network.merge_and_unload()
+    found = read((tmp_path, folder[1])).logits(batch, spoken)
+    assert torch.equal(found, whole.logits(batch, spoken))
+    assert not torch.allclose(found, read(folder).logits(batch, spoken))
+
+
+def test_one_of_several_adapters_is_not_exported(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = adapted(read((tmp_path / "saved", llava(tmp_path / "saved"))))
+    model.network.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="answers by one of several adapters"):
+        model.save(tmp_path / "out")
+    model.network.base_model.set_adapter(["default", "other"])
+    model.save(tmp_path / "out")
+
+
+def test_features_are_the_last_layers_a_few_rows_at_a_time(folder: tuple[Path, StreamInfo]) -> None:
+    batch = batch_of(folder[1])
+    for model in (read(folder, at_once=2), adapted(read(folder, at_once=2))):
+        found = model(batch)
+        whole = model.network(**model._placed(model.encode(batch)), output_hidden_states=True).hidden_states[-1][:, -1]
+        assert torch.allclose(found, whole, atol=1e-5)
+        asked: list[int] = []
+        hook = model.network.get_input_embeddings().register_forward_hook(lambda *call, asked=asked: asked.append(len(call[2])))
+        model(batch)
+        hook.remove()
+        assert asked == [2, 1]
+
+
+def test_what_learns_is_kept_in_32_bits(folder: tuple[Path, StreamInfo]) -> None:
+    for alone in (False, True):
+        model = read(folder, dtype="bfloat16")
+        if alone:
+            with pytest.raises(ConfigError, match=r"kept in bfloat16, where small steps are rounded away: set .*dtype: float32"):
+                model.trainable()
+            assert all(value.requires_grad for value in read(folder, dtype="float32").trainable())
+        else:
+            adapted(model)
+            assert {value.dtype for value in model.trainable()} == {torch.float32}
+            assert model.network.get_input_embeddings().weight.dtype == torch.bfloat16
+        model.network.requires_grad_(False)
+        with pytest.raises(ConfigError, match="every weight is frozen"):
+            model.trainable()
 
 
 def test_the_vision_tower_is_frozen_unless_it_is_to_learn(folder: tuple[Path, StreamInfo]) -> None:
@@ -270,6 +335,44 @@ def test_policies_that_are_kept_answer_as_they_did(folder: tuple[Path, StreamInf
             assert torch.equal(again.logits(batch, spoken), expected)
     with torch.no_grad():
         assert torch.equal(again.logits(batch, spoken), last)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_divergences_are_those_of_whole_logits(folder: tuple[Path, StreamInfo], adapter: bool) -> None:
+    model, batch = read(folder, at_once=2), batch_of(folder[1])
+    if adapter:
+        adapted(model)
+    model.keep("previous")
+    for _ in range(2):
+        step(model, folder[1], rate=1.0)
+    spoken = model.speak(batch, temperature=1.0, samples=2, generator=torch.Generator().manual_seed(0))
+    asked: list[int] = []
+    plain = model.logits
+
+    def counted(batch: Batch, spoken: Any) -> Tensor:
+        asked.append(len(spoken.tokens))
+        found: Tensor = plain(batch, spoken)
+        return found
+
+    model.logits = counted
+    for name in ("base", "previous"):
+        forward, reverse = model.divergence(batch, spoken, name)
+        now = plain(batch, spoken).detach().log_softmax(dim=-1)
+        with model.policy(name):
+            then = plain(batch, spoken).log_softmax(dim=-1)
+        for found, p, q in ((forward, then, now), (reverse, now, then)):
+            expected = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1) * spoken.mask
+            assert float(expected.sum()) > 1e-4
+            assert torch.allclose(found, expected, atol=1e-5)
+    assert asked == [1, 1, 2, 2, 2, 2, 1, 1] * 2
+    assert not model._near
+
+
+def test_what_is_ruled_out_counts_nothing_in_a_divergence() -> None:
+    p, q, r = (torch.tensor(chances).log() for chances in ([0.5, 0.5, 0.0], [0.25, 0.75, 0.0], [1.0, 0.0, 0.0]))
+    assert float(_apart(p, q)) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert float(_apart(r, p)) == pytest.approx(math.log(2))
+    assert float(_apart(p, r)) == math.inf
 
 
 def json_and_tensors(state: Any) -> Any:
@@ -387,6 +490,41 @@ def test_prompts_beyond_the_context_are_named(tmp_path: Path) -> None:
         model.encode(batch_of(SEEN))
     with pytest.raises(DataError, match="row 12"):
         model.encode(batch_of(SEEN), ["red " * 110] * 3)
+
+
+def red(words: int) -> str:
+    return " ".join(["red"] * words)
+
+
+def test_room_for_rows_is_known_without_their_pictures(folder: tuple[Path, StreamInfo], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = read(folder), batch_of(folder[1])
+    lengths = model.encode(batch)["attention_mask"].sum(dim=1)
+    assert len(set(lengths.tolist())) > 1
+    model.check_rows(batch)
+    monkeypatch.setattr(model, "pictures", None)  # are not asked for
+    assert torch.equal(model._lengths(batch), lengths)
+    limit = model.network.config.get_text_config().max_position_embeddings
+    model.longest = limit - int(lengths[2])
+    model.check_rows(batch)
+    model.longest += 1
+    with pytest.raises(DataError, match=rf"row 12: its prompt has {int(lengths[2])} tokens and an answer up to {model.longest}, "):
+        model.check_rows(batch)
+    room = limit - int(lengths[0]) - 1  # and the end
+    model.check_rows(batch, [red(room), "", ""])
+    with pytest.raises(DataError, match=rf"row 10: .* an answer up to {room + 2}, "):
+        model.check_rows(batch, [red(room + 1), "", ""])
+
+
+def test_a_long_answer_beside_a_long_prompt_has_room_where_each_row_has(tmp_path: Path) -> None:
+    model = read((tmp_path / "saved", llava(tmp_path / "saved")))
+    batch = batch_of(SEEN)
+    lengths = model._lengths(batch)
+    assert lengths.argmax() == 2 and lengths[1] < lengths[2]
+    room = 128 - int(lengths[1]) - 1  # and the end
+    answers = ["", red(room), ""]
+    assert model.encode(batch, answers)["input_ids"].shape[1] > 128
+    with pytest.raises(DataError, match="row 11"):
+        model.encode(batch, ["", red(room + 1), ""])
 
 
 def test_a_system_message_and_choices_stand_in_the_prompt(tmp_path: Path) -> None:

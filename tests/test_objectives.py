@@ -106,6 +106,9 @@ def test_dividing_by_the_longest_that_is_allowed_forgets_padding_and_parts() -> 
     assert torch.allclose(aggregated(padded[0], padded[1], "constant", 10), whole)
     halves = [aggregated(values[rows], mask[rows], "constant", 10) for rows in (slice(0, 2), slice(2, 4))]
     assert torch.allclose(sum(halves, torch.zeros(())) / 2, whole)
+    tokens = mask.sum() / 2  # of a part, on average
+    shares = [aggregated(values[rows], mask[rows], "token", 10, tokens) for rows in (slice(0, 2), slice(2, 4))]
+    assert torch.allclose(sum(shares, torch.zeros(())) / 2, aggregated(values, mask, "token", 10))
     of_tokens = [aggregated(values[rows], mask[rows], "token", 10) for rows in (slice(0, 2), slice(2, 4))]
     assert not torch.allclose(sum(of_tokens, torch.zeros(())) / 2, aggregated(values, mask, "token", 10))
 
@@ -394,9 +397,9 @@ def test_the_reward_model_sees_the_thinking_and_nothing_that_tells_what_is_right
         "</think><think>",
         "</think><think>c</think>",
     ]
-    rows: dict[str, Column] = {"answer": ["4"] * 5, "choices": [""] * 5}
+    rows: dict[str, Column] = {"answer": ["4"] * 5, "rationale": ["2 + 2 = 4"] * 5, "question": ["2 + 2?"] * 5, "choices": [""] * 5}
     assert learner("trust_grpo", reward_model=Watch()).judge(answers, rows)["thinking"].tolist() == [0.5] * 5
-    assert told == [(["<think>two and two</think>", "", "<think>a</think>", "", "<think>c</think>"], ["choices"])]
+    assert told == [(["<think>two and two</think>", "", "<think>a</think>", "", "<think>c</think>"], ["choices", "question"])]
     assert thinking("<think>no end") == ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -302,3 +303,32 @@ def test_a_round_of_which_nothing_is_kept_says_so_and_changes_nothing(data: Sour
     assert same(weights(context), before)
     assert report.figures["accepted"] == 0
     assert "none of 8 answers was accepted" in warnings[0]
+
+
+# An order --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_has_an_order_is_taught_in_it(data: SourceData) -> None:
+    taught: list[int] = []
+    for ordered in (True, False):
+        task, learner = dataclasses.replace(task_of(data.train), about={"ordered": ordered}), learner_of(epochs=2)
+        learner.teach = lambda raw, answers: taught.extend(raw.ids.tolist())
+        learner.fit(begin(data, learner, task).model, task, learner.context)
+        assert (taught == data.train.ids.tolist() * 2) == ordered and sorted(taught) == sorted(data.train.ids.tolist() * 2)
+        taught.clear()
+
+
+def test_rounds_go_on_through_an_order(data: SourceData) -> None:
+    task = dataclasses.replace(task_of(data.train), about={"ordered": True})
+    learner = learner_of("rejection_sft", rounds=3, prompts=4, group=2, accept=0.0)
+    context = begin(data, learner, task)
+    came, answers = [], learner._answers
+
+    def watched(task: Task) -> list[tuple[int, str]]:
+        kept: list[tuple[int, str]] = answers(task)
+        came.append(list(dict.fromkeys(row for row, _ in kept)))
+        return kept
+
+    learner._answers = watched
+    learner.fit(context.model, task, context)
+    assert came == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 0, 1, 2]]

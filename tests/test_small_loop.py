@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from streamcl.config import EngineConfig
 from streamcl.data import ArrayDataset
 from streamcl.engine import Engine
-from streamcl.errors import ConfigError, Interrupted
+from streamcl.errors import ConfigError, Interrupted, PluginError, TrainingError
 from streamcl.events import Event, Events, Sink
 from streamcl.nn.backbone import Backbone
 from streamcl.nn.model import Model
@@ -140,6 +140,37 @@ def test_answers_are_drawn_as_often_as_they_are_likely() -> None:
     assert often.sum(dim=1).tolist() == pytest.approx([1, 1], abs=1e-3)
 
 
+def test_rare_answers_are_left_out_where_they_are_to_be() -> None:
+    learner = kind("grpo")(**{**SMALL, "top_p": 0.7})
+    run(learner)
+    chances = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.05, 0.05, 0.1, 0.8]])
+    drawn = learner.session._drawn(chances.log(), 4000).view(2, 4000)
+    assert set(drawn[0].tolist()) == {1, 3} and set(drawn[1].tolist()) == {3}
+    assert (drawn[0] == 1).double().mean().item() == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_a_loss_that_is_no_number_stops_before_it_is_learned() -> None:
+    class Endless(kind("grpo")):  # type: ignore[misc]
+        def advantages(self, rollouts: Rollouts, earned: Tensor) -> Tensor:
+            return torch.full_like(earned, math.nan)
+
+    engine = run(Endless(**SMALL))
+    with pytest.raises(TrainingError, match="the loss is nan at update 1"):
+        sessions(engine)
+    assert weights(engine).isfinite().all()
+
+
+def test_a_reward_that_fails_is_named() -> None:
+    class Raising(Verifier):
+        def __call__(self, answers: Sequence[str], rows: Mapping[str, Column]) -> Tensor:
+            raise ZeroDivisionError("of nothing")
+
+    with pytest.raises(PluginError, match="the reward Raising failed: ZeroDivisionError: of nothing"):
+        sessions(run(kind("grpo")(**SMALL, rewards=(Raising(),))))
+    with pytest.raises(PluginError, match="the reward Raising failed"):
+        sessions(run(kind("trust_grpo")(**SMALL, reward_model=Raising())))
+
+
 def test_several_updates_go_through_each_answer_once_and_the_ratio_moves() -> None:
     learner = watched(kind("apo"))(**{**SMALL, "steps": 7, "optimizer": {"name": "sgd", "lr": 1.0}}, updates=4, beta=0.0, lambda_=1.0)
     engine = sessions(run(learner))
@@ -211,7 +242,7 @@ def test_rewards_that_are_all_equal_or_missing_change_nothing(name: str, value: 
     before = weights(engine)
     engine._learn(task)
     assert torch.equal(weights(engine), before)
-    assert len(heard.told) == 1 and "no group has variance" in heard.told[0]
+    assert len(heard.told) == 1 and ("no reward says anything" if math.isnan(value) else "no group has variance") in heard.told[0]
 
 
 def test_a_flat_reward_still_holds_on_to_the_reference() -> None:

@@ -75,6 +75,8 @@ def test_the_fast_path_gives_what_the_processor_gives() -> None:
         assert torch.equal(fast["input_ids"], slow["input_ids"])
         assert torch.equal(fast["attention_mask"], slow["attention_mask"])
         assert torch.allclose(fast["pixel_values"], slow["pixel_values"], atol=1e-6)
+        assert torch.equal(model._lengths(batch), fast["attention_mask"].sum(dim=1))
+        assert torch.equal(model._lengths(batch), Speaker._lengths(model, batch))
 
 
 def test_pictures_may_be_grey_prepared_or_absent() -> None:

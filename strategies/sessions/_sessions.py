@@ -7,11 +7,12 @@ model as the stream found it, and `previous`, as the session found it), exemplar
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamcl.context import Context
 from streamcl.data import ArrayDataset, Joined, Subset
@@ -37,6 +38,7 @@ class Sessions(Strategy):
 
     targets = ("text", "class")
     selection = "reservoir"
+    processes = True
 
     def __init__(
         self,
@@ -60,11 +62,14 @@ class Sessions(Strategy):
         self.needs_exemplars = replay > 0
         self.begun = -1  # the session at hand, once what comes before it is done
         self.spoken: Spoken | None = None  # the greedy answers to the batch at hand
+        self.still: list[str] = []  # layers that the backbone froze: the vision tower's
 
     # -- what strategies fill in ------------------------------------------------------------------------------------------------
 
     def before_session(self, task: Task) -> None:
-        """Called once for a task, before the learner sees it."""
+        """Called once for a task, before the learner sees it: the policy as it is now is the previous one."""
+        if self.language is not None:
+            self.language.keep("previous")
 
     def after_session(self, task: Task) -> None:
         """Called once for a task, when it was learned."""
@@ -83,6 +88,12 @@ class Sessions(Strategy):
             raise ConfigError(f"the backbone answers in words, and the target of this stream is {info.target}: take a classifier (mlp)")
         if self.language is None and (self.adapter or self.samples or self.probes or self.format or self.ladder):
             raise ConfigError("strategy: adapter, samples, probes, format and ladder belong to models that answer in words: leave them out")
+        if self.language is not None:
+            self.still = [
+                name
+                for name, part in self.language.network.named_modules()
+                if isinstance(part, nn.Linear) and not part.weight.requires_grad
+            ]
         if self.adapter is not None:
             self.wrap(self.adapter)
         self.learner.reference = self.reference
@@ -93,8 +104,6 @@ class Sessions(Strategy):
         self.learner.check(mine)
         if self.begun != task.index:
             self.before_session(task)
-            if self.language is not None:
-                self.language.keep("previous")
             self.order = self.climbed(mine) if self.ladder else None
             self.begun = task.index
         if self.order is not None:
@@ -134,18 +143,25 @@ class Sessions(Strategy):
         return shortest_first[torch.cat(rates)[shortest_first].argsort(stable=True, descending=True)]
 
     def wrap(self, settings: Lora, name: str = "default") -> None:
-        """Put a fresh adapter around the network, whose own weights are frozen from then on."""
+        """Put a fresh adapter around the network, whose own weights are frozen from then on. What the backbone froze gets none."""
         from peft import LoraConfig, PeftModel, get_peft_model
 
         assert self.language is not None
-        layers = settings.layers if isinstance(settings.layers, str) else list(settings.layers)
-        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=layers)
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.layers,
+            exclude_modules=self.still or None,
+        )
         network = self.language.network
         try:
-            if isinstance(network, PeftModel):
-                network.add_adapter(name, config)
-            else:
-                self.language.network = get_peft_model(network, config, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, on a name that PEFT still has
+                if isinstance(network, PeftModel):
+                    network.add_adapter(name, config)
+                else:
+                    self.language.network = get_peft_model(network, config, adapter_name=name)
         except ValueError as error:
             raise ConfigError(f"strategy.adapter: {' '.join(str(error).split())}") from error
 
@@ -158,9 +174,13 @@ class Sessions(Strategy):
         self.spoken = self.answer(batch)
         heads: dict[str, Tensor | list[list[str]]] = {}
         if self.samples:
-            drawn = self.answer(batch, temperature=1.0, samples=self.samples, generator=self.context.generator).texts
+            drawn = self.answer(batch, temperature=1.0, samples=self.samples, generator=self.draw("samples", batch)).texts
             heads[f"pass@{self.samples}"] = [drawn[row : row + self.samples] for row in range(0, len(drawn), self.samples)]
         return Prediction(texts=self.spoken.texts, heads=heads)
+
+    def draw(self, purpose: str, batch: Batch) -> torch.Generator:
+        """What is drawn of a batch is the same whenever it is asked, so that answers differ only by the policy."""
+        return generator(self.context.seed, purpose, *batch.ids[:1].tolist())
 
     def answer(self, batch: Batch, **how: Any) -> Spoken:
         """What is said to each row: greedily, unless `how` says otherwise (see LanguageModel.speak)."""
@@ -178,7 +198,7 @@ class Sessions(Strategy):
             new = bool(torch.isin(batch.target.cpu(), torch.tensor(task.labels or task.classes)).any())
             probe = batch[: self.probes]
             for name in POLICIES:
-                forward, reverse = divergences(self.language, probe, name, self.context.generator)
+                forward, reverse = divergences(self.language, probe, name, self.draw("probes", batch))
                 figures[f"kl_{name}_{'new' if new else 'old'}"] = forward
                 figures[f"reverse_kl_{name}_{'new' if new else 'old'}"] = reverse
         return figures
@@ -196,27 +216,19 @@ class Sessions(Strategy):
         self.learner.restore(state["learner"])
 
 
+@torch.no_grad()
 def divergences(language: LanguageModel, batch: Batch, name: str, draw: torch.Generator) -> tuple[float, float]:
     """KL(kept || now) over answers of the policy that was kept, and KL(now || kept) over answers of the one at hand.
 
     Of an answer it is the sum over its tokens, exact over the vocabulary; the mean over rows. The first, on prompts of the new task, is
     what forgetting of the old ones goes with (RL's Razor, Shenfeld et al., arXiv 2509.04259).
     """
-
-    def between(spoken: Spoken) -> tuple[Tensor, Tensor]:
-        now = language.logits(batch, spoken).float().log_softmax(dim=-1)
-        with language.policy(name):
-            then = language.logits(batch, spoken).float().log_softmax(dim=-1)
-        return now, then
-
     with language.policy(name):
         its = language.speak(batch, temperature=1.0, generator=draw)
-    now, then = between(its)
-    forward = ((then.exp() * (then - now)).sum(dim=-1) * its.mask).sum() / len(batch)
     mine = language.speak(batch, temperature=1.0, generator=draw)
-    now, then = between(mine)
-    reverse = ((now.exp() * (now - then)).sum(dim=-1) * mine.mask).sum() / len(batch)
-    return float(forward), float(reverse)
+    forward, _ = language.divergence(batch, its, name)
+    _, reverse = language.divergence(batch, mine, name)
+    return float(forward.sum()) / len(batch), float(reverse.sum()) / len(batch)
 
 
 def _with_rows(task: Task, both: Joined, places: Tensor) -> Task:

@@ -29,6 +29,8 @@ from ._sessions import Sessions
 class AdapterPerSession(Sessions):
     """`adapter` is the form of all of them; `after` what becomes of one."""
 
+    predicts_with = ("sessions",)
+
     def __init__(
         self,
         *,
@@ -46,14 +48,30 @@ class AdapterPerSession(Sessions):
         super().start(info, context)
         if self.language is None:
             raise ConfigError("adapter_per_session adapts models that answer in words, and this one does not: take sequential")
+        self.language.network.requires_grad_(False)
 
     def before_session(self, task: Task) -> None:
-        self.attach(f"session{task.index}")
+        if self.after == "routed":  # each begins with the model alone
+            self.attach(f"session{task.index}")
+            super().before_session(task)
+        else:
+            super().before_session(task)
+            self.attach(f"session{task.index}")
 
     def attach(self, name: str) -> None:
         self.wrap(self.form, name)
         self.open.append(name)
         self.activate(self.open if self.after == "kept" else [name])
+
+    @property
+    def sessions(self) -> torch.Tensor:
+        """The sessions whose adapters are around the network; setting them makes those."""
+        return torch.tensor([int(name.removeprefix("session")) for name in self.open], dtype=torch.int64)
+
+    @sessions.setter
+    def sessions(self, numbers: torch.Tensor) -> None:
+        for number in numbers.tolist():
+            self.attach(f"session{number}")
 
     def activate(self, names: list[str]) -> None:
         """Answer by these adapters; the newest of all is the one that learns."""
@@ -90,12 +108,11 @@ class AdapterPerSession(Sessions):
         return _in_order(answers, torch.cat(places))
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "open": list(self.open)}
+        return {**super().state(), "sessions": self.sessions}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name in state["open"]:
-            self.attach(name)
-        super().restore({key: value for key, value in state.items() if key != "open"})
+        self.sessions = state["sessions"]
+        super().restore(state)
 
 
 def _in_order(answers: list[Spoken], places: torch.Tensor) -> Spoken:

@@ -64,7 +64,11 @@ GROUPS: dict[str, tuple[list[str], dict[str, tuple[str, list[str]]], list[str]]]
     "batch normalisation (resnet32)": (BATCH_NORM, STREAMS, list(METHODS)),
     "group normalisation (convnet)": (GROUP_NORM, STREAMS, ["tent", "tent, 100 x the rate", "eata", "sar", "deyo", "lame"]),
     "images and sounds (joint_transformer, layer normalisation)": ([], SEEN_AND_HEARD, ["tent", "read", "sumi"]),
-    "a mixture of experts (r2t2)": (MIXTURE, {name: STREAMS[name] for name in ("clean", "abrupt", "mild", "mixed", "correlated")}, ["r2t2"]),
+    "a mixture of experts (r2t2)": (
+        MIXTURE,
+        {name: STREAMS[name] for name in ("clean", "abrupt", "mild", "mixed", "correlated")},
+        ["r2t2"],
+    ),
 }
 
 

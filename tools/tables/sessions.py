@@ -30,9 +30,9 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "apo": ("apo", []),
     "observe_r1": ("observe_r1", []),
     "trust_grpo": ("trust_grpo", []),
-    "t_grpo": ("t_grpo", []),
+    "grpo, frames": ("grpo_frames", []),
+    "t_grpo, frames": ("t_grpo", []),
 }
-FIGURES = ("length", "format_rate", "kl_previous_new", "reverse_kl_previous_new", "kl_base_new", "kl_base_old", "kl_previous_old")
 
 
 def run(name: str, seed: int, changes: Sequence[str]) -> dict[str, Any]:

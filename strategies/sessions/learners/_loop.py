@@ -26,10 +26,15 @@ from streamcl.nn.model import Model
 from streamcl.strategy import learning_rate_factor, make_optimizer, plugin_name
 from streamcl.stream import Batch, Column, StreamInfo, Task
 
+from ._judging import judged, names_of, repeated
 from ._policy import PolicyLearner
 from ._rollouts import Rollouts
 
 PASS = "rollouts"
+SILENT = (
+    "no reward says anything of any answer of a batch of rollouts (all are NaN), so that nothing is learned from it: look at the rows' "
+    "right answers, and at what the rewards need"
+)
 WARN_AFTER = 20  # batches of rollouts in which every group earned the same
 
 
@@ -40,6 +45,7 @@ class ActionSession:
         self.learner = learner
         self.session, self.done, self.earlier = -1, 0, 0  # the task at hand, its updates so far, and those of all tasks before it
         self.sums: dict[str, list[float]] = {}  # of each figure of this session's batches of rollouts: its sum, and of how many
+        self.silent = False  # whether the last batch had no reward at all
         self.flat = 0  # batches in a row in which no group told its answers apart
         self.reference: Model | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -174,7 +180,12 @@ class ActionSession:
 
         By the distribution function, so that the randomness is the run's own on every device, and the device is not waited for.
         """
-        reached = scores.double().exp().cumsum(dim=1)
+        chances = scores.double().exp()
+        if self.learner.top_p < 1:
+            likely, place = chances.sort(dim=1, descending=True)
+            rare = likely.cumsum(dim=1) - likely >= self.learner.top_p
+            chances = chances.scatter(1, place, likely.masked_fill(rare, 0.0))
+        reached = chances.cumsum(dim=1)
         drawn = torch.rand(len(scores), count, dtype=torch.float64, generator=self.context.generator).to(scores.device)
         return torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp(max=scores.shape[1] - 1).flatten()
 
@@ -213,7 +224,9 @@ class ActionSession:
         rewards = self.learner.rewards[:1] if first else self.learner.rewards
         if not rewards:
             return (actions == batch.target.repeat_interleave(count)).float()[:, None]
-        return torch.stack([reward(answers, rows) for reward in rewards], dim=1).to(actions.device)
+        return torch.stack([judged(*named, answers, rows) for named in zip(rewards, names_of(rewards), strict=True)], dim=1).to(
+            actions.device
+        )
 
     def _words_are_asked_for(self) -> bool:
         return bool(self.learner.rewards) or type(self.learner).judge is not PolicyLearner.judge
@@ -222,10 +235,9 @@ class ActionSession:
         """The names of the classes that were answered, and the columns of the rows that these are judged by."""
         assert raw.target is not None
         names = [task.names.get(label, str(label)) for label in range(max(task.seen) + 1)]
-        each = torch.arange(len(raw)).repeat_interleave(count)
-        rows = {name: column for name, column in raw[each].extra.items()}
-        rows["answer"] = [names[label] for label in raw.target[each].tolist()]
-        rows["length"] = torch.ones(len(each))
+        rows = repeated(raw, count)
+        rows["answer"] = [names[label] for label in raw.target.repeat_interleave(count).tolist()]
+        rows["length"] = torch.ones(len(raw) * count)
         return [names[action] for action in actions.tolist()], rows
 
     @torch.no_grad()
@@ -245,6 +257,8 @@ class ActionSession:
         factor = learning_rate_factor(learner.schedule, self.done, learner.steps)
         for group in optimizer.param_groups:
             group["lr"] = learner.optimizer_settings.lr * factor
+        if self.context.device.type == "cpu" and not math.isfinite(loss.item()):  # on a GPU it would be waited for
+            raise TrainingError(f"the loss is {loss.item()} at update {self.done + 1}")
         loss.backward()
         if learner.clip:
             nn.utils.clip_grad_norm_(parameters, learner.clip)
@@ -252,8 +266,6 @@ class ActionSession:
         for parameter in parameters:
             parameter.grad = None
         self.done += 1
-        if self.context.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise TrainingError(f"the loss is {loss.item()} at update {self.done}")
         self.context.log(loss=loss.detach(), lr=optimizer.param_groups[0]["lr"])
 
     def _tell(self, rollouts: Rollouts, scores: Tensor) -> None:
@@ -267,9 +279,13 @@ class ActionSession:
             if math.isfinite(value):
                 total, count = self.sums.get(name, (0.0, 0))
                 self.sums[name] = [total + value, count + 1]
+        silent = bool(rollouts.rewards.isnan().all())
+        if silent and not self.silent:
+            self.context.events.warn(SILENT)
+        self.silent = silent
         groups = rollouts.grouped(rollouts.rewards.nan_to_num(0.0))
         self.flat = self.flat + 1 if bool((groups == groups[:, :1]).all()) else 0
-        if self.flat == WARN_AFTER:
+        if self.flat == WARN_AFTER and not silent:
             self.context.events.warn(
                 f"no group has variance: in {WARN_AFTER} batches of rollouts all answers to a prompt earned the same, so nothing is learned"
             )

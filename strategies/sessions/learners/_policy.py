@@ -17,7 +17,7 @@ from streamcl.errors import ConfigError
 from streamcl.learner import Learner, Report
 from streamcl.nn.language import language_model
 from streamcl.nn.model import Model
-from streamcl.options import NonNegativeFloat, Optimizer, PositiveFloat, PositiveInt, Schedule
+from streamcl.options import Fraction, NonNegativeFloat, Optimizer, PositiveFloat, PositiveInt, Schedule
 from streamcl.stream import Column, StreamInfo, Task
 from streamcl.verifier import Verifier
 
@@ -30,8 +30,9 @@ class PolicyLearner(Learner):
     A session makes `steps` updates; for each batch of rollouts `prompts` prompts are answered `group` times and learned from in
     `updates` steps of the optimiser (1: strictly on policy). `rewards` are verifiers with their weights, the first one the outcome.
 
-    Of a language model `at_once` rows go through forward and backward together, all of an update's where it is None: so much memory is
-    needed, and a mean over tokens is then the mean of those parts. `vllm` lets that library sample, on a GPU.
+    Of a language model `at_once` rows go through forward and backward together, which is a matter of memory alone: an update in parts is
+    that of the whole. Where it is None these are all of an update's rows; of a model with more than 100 million weights they are 8, or the
+    most below 8 that divide the update. `top_p` leaves the rarest words out of sampling. `vllm` lets that library sample, on a GPU.
     """
 
     estimator: Estimator | None = "k3"  # of the divergence as a loss; None where the method has it in its advantages: see Rollouts.drift
@@ -58,6 +59,7 @@ class PolicyLearner(Learner):
         schedule: Schedule = Schedule(),  # noqa: B008
         clip: PositiveFloat | None = 1.0,
         temperature: PositiveFloat = 1.0,
+        top_p: Fraction = 1.0,
         at_once: PositiveInt | None = None,
         vllm: bool = False,
     ) -> None:
@@ -66,7 +68,9 @@ class PolicyLearner(Learner):
         self.steps, self.prompts, self.group, self.updates = steps, prompts, group, updates
         self.rewards, self.beta, self.temperature = tuple(rewards), beta, temperature
         self.clip_low, self.clip_high, self.clip = clip_low, clip_high, clip
-        self.at_once, self.vllm = at_once, vllm
+        if top_p == 0:
+            raise ConfigError("learner: top_p is 0, which leaves no word to say: take more, 1 for all")
+        self.top_p, self.at_once, self.vllm = top_p, at_once, vllm
         self.aggregation: Aggregation = aggregation
         self.optimizer_settings, self.schedule = Optimizer.model_validate(optimizer), Schedule.model_validate(schedule)
 
@@ -107,8 +111,10 @@ class PolicyLearner(Learner):
         longest: int,
         reference: Tensor | None = None,
         weights: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
-        """The loss of ln p of the tokens that were sampled, under three policies; `longest` is what a completion may have at most.
+        """The loss of ln p of the tokens that were sampled, under three policies; `longest` is what a completion may have at most, and
+        `tokens` what a mean over tokens divides by where that is not their own number: see `aggregated`.
 
         # policy, old, reference, mask (N, T); advantages (N,) or (N, T); weights (N,)
         """
@@ -117,13 +123,13 @@ class PolicyLearner(Learner):
             said, before = ((values * mask).sum(dim=1, keepdim=True) for values in (policy, old))
             loss = aggregated(surrogate(said, before, advantages, self.clip_low, self.clip_high), rows, "sum", longest)
         else:
-            loss = aggregated(surrogate(policy, old, advantages, self.clip_low, self.clip_high), mask, self.aggregation, longest)
+            loss = aggregated(surrogate(policy, old, advantages, self.clip_low, self.clip_high), mask, self.aggregation, longest, tokens)
         if self.beta == 0 or reference is None or self.estimator is None:
             return loss
         kl = divergence(policy, reference, self.estimator, self.clamp, old if self.bias_correction else None)
         if weights is not None:
             kl = kl * weights[:, None]
-        return loss + self.beta * aggregated(kl, mask, self.kl_aggregation or self.aggregation, longest)
+        return loss + self.beta * aggregated(kl, mask, self.kl_aggregation or self.aggregation, longest, tokens)
 
     # -- running it --------------------------------------------------------------------------------------------------------------
 
@@ -163,17 +169,17 @@ def divergence(policy: Tensor, reference: Tensor, estimator: Estimator, clamp: f
     u = reference - policy
     if clamp is not None:
         u = u.clamp(-clamp, clamp)
-    estimate = -u if estimator == "k1" else u.square() / 2 if estimator == "k2" else u.expm1() - u
+    estimate = -u if estimator == "k1" else u.square() / 2 if estimator == "k2" else u.exp() - u - 1  # rounded as TRL rounds it
     return estimate if old is None else estimate * (policy - old).exp()
 
 
-def aggregated(values: Tensor, mask: Tensor, how: Aggregation, longest: int) -> Tensor:
+def aggregated(values: Tensor, mask: Tensor, how: Aggregation, longest: int, tokens: Tensor | None = None) -> Tensor:
     """One number of (N, T) values: the mean over rows of their means, the mean over tokens, the sum over N times `longest`, or the mean
-    over rows of their sums."""
+    over rows of their sums. Of a part of a batch `tokens` is how many a part has on average, so that the parts' mean is the whole's."""
     if how == "sequence":
         return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
     if how == "token":
-        return (values * mask).sum() / mask.sum().clamp(min=1)
+        return (values * mask).sum() / (mask.sum() if tokens is None else tokens).clamp(min=1)
     return (values * mask).sum() / (len(values) * (longest if how == "constant" else 1))
 
 

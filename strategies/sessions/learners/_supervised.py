@@ -45,6 +45,8 @@ class Supervised(Learner):
             raise ConfigError("this learner teaches a model to answer in words, and the backbone does not speak: take tiny_vlm, or hf:NAME")
         if context.precision == "float16":
             raise ConfigError("this learner computes in bfloat16 or float32: set engine.precision")
+        if context.world > 1:
+            raise ConfigError(f"this learner has not shown that {context.world} processes give it the result of one: start one")
         self.language: LanguageModel = language
 
     def check(self, task: Task) -> None:
@@ -57,9 +59,7 @@ class Supervised(Learner):
 
     def begin(self) -> None:
         """A fresh optimiser, or that of the session that was interrupted."""
-        self.weights = [value for value in self.language.network.parameters() if value.requires_grad]
-        if not self.weights:
-            raise ConfigError("nothing of the language model can be trained: every weight is frozen")
+        self.weights = self.language.trainable()
         self.step, self.sums = 0, [0.0, 0.0]
         self.optimizer = make_optimizer(self.weights, self.optimizer_settings)
         if self.saved:

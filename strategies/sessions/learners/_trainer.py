@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +18,12 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from streamcl.context import Context
-from streamcl.errors import ConfigError, DataError, PluginError, StreamclError
+from streamcl.errors import ConfigError, DataError, StreamclError, TrainingError
 from streamcl.nn.language import LanguageModel
 from streamcl.seeding import generator
-from streamcl.strategy import plugin_name
-from streamcl.stream import Batch, Column, Task, take
-from streamcl.verifier import Verifier
+from streamcl.stream import Batch, Task
 
+from ._judging import judged, names_of, repeated
 from ._loop import disordered
 from ._policy import PolicyLearner, divergence
 from ._rollouts import Rollouts
@@ -36,6 +36,7 @@ except ModuleNotFoundError as error:
         f"learners by reinforcement of language models need {error.name}, which is not installed: pip install 'streamcl[rl]'"
     ) from None
 
+VLLM_SHARE = 0.3  # of the GPU's memory, for vLLM's weights and what it caches
 TESTED = ((1, 16), (1, 17))  # from the first to before the second
 HOOKS: dict[str, tuple[str, ...]] = {
     "get_train_dataloader": (),
@@ -143,7 +144,7 @@ class SessionTrainer(GRPOTrainer):
 
         self.learner, self.language, self.prompts, self.told = learner, language, prompts, told
         self.updates_before = before  # in all sessions before this one
-        self.names = _names(learner.rewards)
+        self.names = names_of(learner.rewards)
         self.watched: dict[str, list[Tensor]] = defaultdict(list)  # since the last batch of rollouts
         rewards: list[Any] = list(learner.rewards)
         super().__init__(
@@ -167,11 +168,12 @@ class SessionTrainer(GRPOTrainer):
         ids, images, fields = super()._tokenize_prompts(prompts)
         longest = max(map(len, ids))
         room = getattr(self.language.network.config.get_text_config(), "max_position_embeddings", None)
-        if room is not None and longest + self.max_completion_length > room:
-            raise DataError(
-                f"a prompt has {longest} tokens and its answer may have {self.max_completion_length}, and the model reads {room} in all: "
-                "leave such rows out, take smaller pictures, or fewer tokens for an answer (longest)"
-            )
+        with self._agreed():
+            if room is not None and longest + self.max_completion_length > room:
+                raise DataError(
+                    f"a prompt has {longest} tokens and its answer may have {self.max_completion_length}, and the model reads {room} in "
+                    "all: leave such rows out, take smaller pictures, or fewer tokens for an answer (longest)"
+                )
         return ids, images and [shown or [] for shown in images], fields  # processors take no None for a row without pictures
 
     # -- rollouts ---------------------------------------------------------------------------------------------------------------
@@ -217,10 +219,11 @@ class SessionTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Prompted, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         self.answers = self._texts(completion_ids_list)
-        rows = _repeated(inputs.batch, self.learner.group)
+        rows = repeated(inputs.batch, self.learner.group)
         rows["length"] = torch.tensor([len(ids) for ids in completion_ids_list])
-        columns = [judged(verifier, name, self.answers, rows) for verifier, name in zip(self.learner.rewards, self.names, strict=True)]
-        self.judged = self.learner.judge(self.answers, rows)
+        with self._agreed():
+            columns = [judged(verifier, name, self.answers, rows) for verifier, name in zip(self.learner.rewards, self.names, strict=True)]
+            self.judged = self.learner.judge(self.answers, rows)
         self.scored: Tensor = self.accelerator.gather(torch.stack(columns, dim=1).to(self.accelerator.device))
         return self.scored
 
@@ -243,13 +246,18 @@ class SessionTrainer(GRPOTrainer):
 
         group, half, batch = self.learner.group, self.learner.group // 2, inputs.batch
         outcome = torch.full((len(batch),), torch.nan)
-        frames = _frames(batch, self.learner.info.modalities)
+        frames = moving_rows(batch, self.learner.info.modalities)
         moving = [row for row in range(len(batch)) if frames[row] and len(inputs[row * group].get("images", ())) > 1]
         prompts = []
         for row in moving:
             images = inputs[row * group]["images"]
             shown = [images[place] for place in disordered(1, len(images), torch.default_generator)[0].tolist()]
             prompts += [prepare_multimodal_messages(inputs[row * group]["prompt"], images=shown)] * half
+        # Processes sample together and equally much: one with fewer videos fills up with its first row, whose answers are dropped.
+        lacking = self._most(len(moving)) - len(moving)
+        if lacking:
+            first = inputs[0]["prompt"]
+            prompts += [prepare_multimodal_messages(first, images=inputs[0]["images"]) if "images" in inputs[0] else first] * half * lacking
         if prompts:
             metrics, self._metrics = self._metrics, {"train": defaultdict(list), "eval": defaultdict(list)}
             self.num_generations = half
@@ -257,14 +265,38 @@ class SessionTrainer(GRPOTrainer):
                 answered = self._generate(prompts)[1]
             finally:
                 self._metrics, self.num_generations = metrics, group
-            rows = _repeated(batch[moving], half)
-            rows["length"] = torch.tensor([len(ids) for ids in answered])
-            scored = judged(self.learner.rewards[0], self.names[0], self._texts(answered), rows)
-            outcome[moving] = scored.view(-1, half).nanmean(dim=1).cpu()
+            answered = answered[: half * len(moving)]
+            with self._agreed():
+                if moving:
+                    rows = repeated(batch[moving], half)
+                    rows["length"] = torch.tensor([len(ids) for ids in answered])
+                    scored = judged(self.learner.rewards[0], self.names[0], self._texts(answered), rows)
+                    outcome[moving] = scored.view(-1, half).nanmean(dim=1).cpu()
         return outcome.repeat_interleave(group).to(self.accelerator.device)
 
     def _texts(self, ids: list) -> list[str]:
         return self.language.processor.batch_decode(ids, skip_special_tokens=True)
+
+    def _most(self, count: int) -> int:
+        """The largest count of all processes."""
+        return count if self.accelerator.num_processes == 1 else int(self.accelerator.gather(self._told_of(count)).max())
+
+    def _told_of(self, count: int) -> Tensor:
+        return torch.tensor([count], device=self.accelerator.device)
+
+    @contextmanager
+    def _agreed(self) -> Iterator[None]:
+        """What fails on one process stops all of them; alone the others would wait for it. Nothing inside may speak to another process."""
+        failed: StreamclError | None = None
+        try:
+            yield
+        except StreamclError as error:
+            failed = error
+        elsewhere = self._most(int(failed is not None))
+        if failed is not None:
+            raise failed
+        if elsewhere:
+            raise TrainingError("another process stopped at an error, which it names")
 
     def _gathered(self, values: Tensor) -> Tensor:
         """(N, T) of all processes, the shorter ones filled up with 0."""
@@ -291,7 +323,8 @@ class SessionTrainer(GRPOTrainer):
         reference, advantages = inputs.get("ref_per_token_logps"), inputs["advantages"]
         if "importance_sampling_ratio" in inputs:  # of the library that sampled: it multiplies a token's loss, and is never negative
             advantages = (advantages[:, None] if advantages.dim() == 1 else advantages) * inputs["importance_sampling_ratio"]
-        loss = learner.loss(policy, old, advantages, mask, self.max_completion_length, reference, inputs.get("kl_weights"))
+        tokens = self._tokens()
+        loss = learner.loss(policy, old, advantages, mask, self.max_completion_length, reference, inputs.get("kl_weights"), tokens)
         if balance is not None:
             loss = loss + self.router_aux_loss_coef * balance
         own = getattr(self.language, "auxiliary_loss", None)  # of experts in the backbone
@@ -305,6 +338,21 @@ class SessionTrainer(GRPOTrainer):
         if reference is not None:
             self.watched["kl"].append((divergence(policy, reference, "k3") * mask).sum() / tokens)
         return loss / self.current_gradient_accumulation_steps
+
+    def _tokens(self) -> Tensor | None:
+        """Tokens of a part of the update at hand, on average over its parts and processes: each part's mean over tokens is then its share
+        of the whole's. None where the part is the whole."""
+        args: Any = self.args
+        parts, world = self.prompts.parts, self.accelerator.num_processes
+        if parts * world == 1:
+            return None
+        place = self._step % parts
+        if place == 0:
+            start = self._step % args.steps_per_generation
+            held: Any = self._buffered_inputs
+            count = sum((part["completion_mask"] * part.get("tool_mask", 1)).sum() for part in held[start : start + parts])
+            self.tokens = self.accelerator.gather(count.reshape(1)).sum() / (parts * world)
+        return self.tokens
 
 
 class AtBoundaries(TrainerCallback):
@@ -343,7 +391,7 @@ def settings(learner: PolicyLearner, context: Context, folder: str, seed: int, l
         num_generations=learner.group,
         max_completion_length=longest,
         temperature=learner.temperature,
-        top_p=1.0,
+        top_p=learner.top_p,
         top_k=0,
         min_p=None,
         repetition_penalty=1.0,
@@ -363,10 +411,20 @@ def settings(learner: PolicyLearner, context: Context, folder: str, seed: int, l
         top_entropy_quantile=1.0,
         entropy_coef=0.0,
         router_aux_loss_coef=None,
-        disable_dropout=False,
+        disable_dropout=False,  # for good, it would be: `_trl` sets it aside for the session
         sync_ref_model=False,
+        # Read in TRL's source and not run: there was no vLLM to run them with. The model's own ln p of what was sampled differ a little
+        # from the sampler's; answers for which they differ by more than a factor of 3 are left out of the loss.
         use_vllm=learner.vllm,
         vllm_mode="colocate",
+        vllm_gpu_memory_utilization=VLLM_SHARE,
+        vllm_max_model_length=None,
+        vllm_tensor_parallel_size=1,
+        vllm_enable_sleep_mode=False,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode="sequence_mask",
+        vllm_importance_sampling_clip_max=3.0,
+        vllm_importance_sampling_clip_min=None,
         logging_strategy="no",
         save_strategy="no",
         eval_strategy="no",
@@ -380,36 +438,7 @@ def settings(learner: PolicyLearner, context: Context, folder: str, seed: int, l
     return config
 
 
-def judged(verifier: Verifier, name: str, answers: Sequence[str], rows: Mapping[str, Column]) -> Tensor:
-    """What a reward says of each answer, NaN where it says nothing  # (N,)"""
-    try:
-        found = verifier(answers, rows)
-    except StreamclError as error:
-        error.args = (f"the reward {name}: {error}",)
-        raise
-    except Exception as error:
-        raise PluginError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
-    found = torch.as_tensor([torch.nan if value is None else value for value in found] if isinstance(found, list) else found)
-    if found.shape != (len(answers),):
-        raise PluginError(f"the reward {name} gave values of shape {tuple(found.shape)} for {len(answers)} answers: one for each is needed")
-    return found.float()
-
-
-def _names(rewards: Sequence[Verifier]) -> list[str]:
-    names: list[str] = []
-    for verifier in rewards:
-        name = plugin_name(verifier)
-        names.append(name if name not in names else f"{name} {len(names) + 1}")
-    return names
-
-
-def _repeated(batch: Batch, times: int) -> dict[str, Column]:
-    """The columns of a batch's rows, each row so many times."""
-    places = torch.arange(len(batch)).repeat_interleave(times)
-    return {name: take(column, places) for name, column in batch.extra.items()}
-
-
-def _frames(batch: Batch, modalities: Mapping[str, Any]) -> list[bool]:
+def moving_rows(batch: Batch, modalities: Mapping[str, Any]) -> list[bool]:
     """Which rows show a video and nothing else, so that all their pictures are its frames."""
     present = batch.present or {}
     shows = {True: torch.zeros(len(batch), dtype=torch.bool), False: torch.zeros(len(batch), dtype=torch.bool)}

@@ -7,6 +7,8 @@ is its optimiser, how far it got and where the generators stand, and it goes on 
 from __future__ import annotations
 
 import base64
+import copy
+import gc
 import io
 import math
 import tempfile
@@ -19,14 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from streamcl.context import Context
-from streamcl.errors import ConfigError, TrainingError
+from streamcl.data import ArrayDataset, FileDataset, Joined, Masked, SinglePass, Subset, Told, View
+from streamcl.errors import ConfigError, DataError, TrainingError
 from streamcl.learner import Report
 from streamcl.nn.language import LanguageModel, language_model
 from streamcl.nn.model import Model
 from streamcl.seeding import derived, random_state, restore_random
 from streamcl.strategy import learning_rate_factor, make_optimizer
-from streamcl.stream import StreamInfo, Task
+from streamcl.stream import Batch, Column, Dataset, StreamInfo, Task
 
+from ._judging import judged, names_of, repeated
+from ._loop import SILENT
 from ._rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -37,6 +42,8 @@ PASS = "session"
 FLAT = 5  # batches of rollouts without any variance, one after another, before a person is told
 SAMPLES = 10  # answers of a session that are shown
 SIDE = 96  # pixels of a picture that is shown beside an answer, at most
+LARGE, AT_ONCE = 100_000_000, 8  # of a model with more weights so few rows go through forward and backward together
+SHOWN = ("image", "video")  # kinds of modalities that are pictures to a language model
 TRIED = 4  # rows that the rewards are tried on before anything is learned
 
 
@@ -69,23 +76,33 @@ class LanguageSession:
                 f"{learner.updates} updates of equal size{f' on {world} processes' if world > 1 else ''}"
             )
         mine = rows // learner.updates // world
-        self.rows = learner.at_once or mine
+        self.rows = learner.at_once or self._usual(mine)
         if mine % self.rows:
             raise ConfigError(f"learner.at_once is {self.rows}, and an update has {mine} rows: take a number that divides them")
         self.parts = mine // self.rows
         if learner.shuffles and learner.group % 2:
             raise ConfigError(f"learner.group is {learner.group}, and half as many answers see shuffled frames: take an even number")
+        if learner.shuffles and not any(modality.kind == "video" and modality.shape[:1] > (1,) for modality in info.modalities.values()):
+            raise ConfigError(
+                f"learner: {type(learner).__name__} also answers with frames in random order, and this stream has no modality of kind "
+                "video with several frames: take another learner, such as grpo"
+            )
         if learner.vllm:
             _check_vllm(context)
 
+    def _usual(self, mine: int) -> int:
+        """How many of an update's rows go through the model together where nobody says."""
+        if sum(value.numel() for value in self.language.network.parameters()) <= LARGE:
+            return mine
+        return max(rows for rows in range(1, min(mine, AT_ONCE) + 1) if mine % rows == 0)
+
     def check(self, task: Task) -> None:
         """What can be known of a task before it is learned: that it can be read again, put to the model, and rewarded."""
-        from ._trainer import _names, _repeated, judged
-
         if not hasattr(task.train, "read"):
             raise ConfigError(f"{task.name} is a live source, and a session goes through its prompts by their index: record it first")
         first = task.train[torch.arange(min(TRIED, len(task.train)))]
         batch = self.learner.context.preparation(first, False, torch.Generator())
+        self.language.encode(batch)  # which refuses what the model has no room for
         processor, sign = self.language.processor, getattr(self.language.processor, "image_token", None)
         for row, shown in zip(self.language.conversations(batch), self.language.pictures(batch), strict=True):
             prompt = processor.apply_chat_template(row, tokenize=False, add_generation_prompt=True)
@@ -94,10 +111,35 @@ class LanguageSession:
                     f"{task.name}: the model's chat template makes {prompt.count(sign)} places in a prompt for its {len(shown)} pictures: "
                     "take a processor whose template has a place for each"
                 )
-        answers, rows = [""] * len(batch), _repeated(batch, 1)
+        answers, rows = [""] * len(batch), repeated(batch, 1)
         rows["length"] = torch.zeros(len(batch), dtype=torch.int64)
-        for verifier, name in zip(self.learner.rewards, _names(self.learner.rewards), strict=True):
+        for verifier, name in zip(self.learner.rewards, names_of(self.learner.rewards), strict=True):
             judged(verifier, name, answers, rows)
+        self.learner.judge(answers, rows)
+        unseen = _without_inputs(task.train)
+        if unseen is not None and len(unseen):
+            self._check_all(task, unseen[torch.arange(len(unseen))])
+
+    def _check_all(self, task: Task, rows: Batch) -> None:
+        """What is told of all rows without their pictures."""
+        answers = rows.extra.get("answer")
+        empty = [place for place, answer in enumerate(answers) if not str(answer).strip()] if isinstance(answers, list) else []
+        if empty:
+            first = ", ".join([str(int(rows.ids[place])) for place in empty[:SAMPLES]] + ["..."] * (len(empty) > SAMPLES))
+            raise DataError(f"{task.name}: {len(empty)} of {len(rows)} rows have no right answer (rows {first}): take them out")
+        present, kinds = rows.present or {}, {name: modality.kind for name, modality in self.info.modalities.items()}
+        masks = {name: present.get(name, torch.ones(len(rows), dtype=torch.bool)) for name, kind in kinds.items() if kind in SHOWN}
+        if not masks:
+            return
+        without = int((~torch.stack(list(masks.values())).any(dim=0)).sum())
+        if without:
+            self.learner.context.events.warn(
+                f"{task.name}: {without} of {len(rows)} rows show no picture, and are put to the model without one"
+            )
+        if self.learner.shuffles and not any(bool(mask.any()) for name, mask in masks.items() if kinds[name] == "video"):
+            self.learner.context.events.warn(
+                f"{task.name}: no row has frames, so that nothing is shuffled, and {type(self.learner).__name__} rewards no order here"
+            )
 
     # -- a session ----------------------------------------------------------------------------------------------------------------
 
@@ -118,14 +160,13 @@ class LanguageSession:
         from ._trainer import AtBoundaries, Prompts, SessionTrainer, settings
 
         learner, language, context, task = self.learner, self.language, self.context, self.task
-        weights = [value for value in language.network.parameters() if value.requires_grad]
-        if not weights:
-            raise ConfigError("nothing of the language model can be trained: every weight is frozen")
+        weights = language.trainable()
         optimizer = make_optimizer(weights, learner.optimizer_settings)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(learner.schedule, min(step, learner.steps - 1), learner.steps)
         )
         seed = derived(context.seed, "session", task.index) % 2**32
+        self.silent = False
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _as_it_was(language):
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, on names that TRL still has for options and attributes
             trainer = self.running = SessionTrainer(
@@ -142,6 +183,7 @@ class LanguageSession:
                 trainer.train()
             finally:
                 self.running = None
+                _shut_down(trainer)
                 optimizer.zero_grad(set_to_none=True)
                 optimizer.state.clear()  # the trainer is in cycles, and would hold it until garbage is next collected
 
@@ -171,8 +213,12 @@ class LanguageSession:
             figures["kl"] = ((u.expm1() - u) * rollouts.mask).sum() / rollouts.mask.sum().clamp(min=1)
         self.figures = {name: float(value) for name, value in figures.items()} | self.learner.figures(rollouts)
         self.tokens = float(rollouts.lengths.sum())
+        silent = bool(earned.isnan().all())
+        if silent and not self.silent:
+            self.context.events.warn(SILENT)
+        self.silent = silent
         self.flat = 0 if bool(spread.any()) else self.flat + 1
-        if self.flat == FLAT:
+        if self.flat == FLAT and not silent:
             self.context.events.warn(
                 f"no group has variance: in {FLAT} batches of rollouts, one after another, all answers to a prompt earned the same "
                 f"({self.figures['reward']:.3g} on average), so that nothing is learned from rewards: take easier or harder prompts, more "
@@ -211,7 +257,7 @@ class LanguageSession:
         for name, value in {**figures, "tokens": self.tokens}.items():
             self.history.setdefault(name, []).append(value)
         step = trainer.state.global_step
-        if not math.isfinite(means["loss"]):
+        if trainer._most(int(not math.isfinite(means["loss"]))):  # on any process
             raise TrainingError(f"the loss is {means['loss']} at update {step} of the session")
         context.steps += step - self.seen
         context.samples += self.learner.prompts
@@ -260,9 +306,62 @@ def _check_vllm(context: Context) -> None:
         raise ConfigError("learner.vllm is set and vLLM is not installed, or in a version that TRL does not take: pip install 'trl[vllm]'")
 
 
+def _without_inputs(dataset: Dataset) -> Any:
+    """The same rows with their columns and nothing in `inputs`, so that no picture is read; None for kinds of data that we do not know."""
+    if type(dataset) is SinglePass:  # a look at the columns is no reading
+        return _without_inputs(dataset.dataset)
+    made: Any = copy.copy(dataset)
+    if type(dataset) is ArrayDataset:
+        made.inputs = {}
+    elif type(dataset) is FileDataset:
+        made.decode, made.workers = _nothing, 0
+    elif type(dataset) is Joined:
+        made.datasets = [_without_inputs(part) for part in dataset.datasets]
+        return None if any(part is None for part in made.datasets) else made
+    elif type(dataset) in (Subset, View, Told, Masked):
+        made.dataset = _without_inputs(made.dataset)
+        return None if made.dataset is None else made
+    else:
+        return None
+    return made
+
+
+def _nothing(rows: list[int]) -> dict[str, Column]:
+    return {}
+
+
+def _shut_down(trainer: SessionTrainer) -> None:
+    """Each session makes an engine of vLLM's, and two do not fit: the old one gives its memory back. Read in its source and not run."""
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is None:
+        return
+    core = getattr(getattr(generation.llm, "llm_engine", None), "engine_core", None)
+    if hasattr(core, "shutdown"):
+        core.shutdown()
+    del trainer.vllm_generation, generation.llm
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _droppers(network: nn.Module) -> list[tuple[Any, str, float]]:
+    """Where a network keeps its rates of dropout: layers for it, numbers of other layers, and configurations that these look at."""
+    configs = [vars(module)["config"] for module in network.modules() if hasattr(vars(module).get("config"), "__dict__")]
+    found: dict[tuple[int, str], tuple[Any, str, float]] = {}
+    for holder in (*network.modules(), *configs):
+        own = isinstance(holder, nn.modules.dropout._DropoutNd)
+        for name, value in vars(holder).items():
+            if isinstance(value, float) and value > 0 and ("drop" in name or (own and name == "p")):
+                found[id(holder), name] = (holder, name, value)
+    return list(found.values())
+
+
 @contextmanager
 def _as_it_was(language: LanguageModel) -> Iterator[None]:
-    """TRL and accelerate wrap the network's forward anew in every session, and set how it computes: afterwards that is undone."""
+    """TRL and accelerate wrap the network's forward anew in every session, and set how it computes: afterwards that is undone.
+
+    Dropout is off meanwhile: what sampled, what is learned, and the reference must each be one policy. Its rates are set to 0, since in
+    evaluation mode activations would not be computed again on the way back.
+    """
     network = language.network
     modules: list[nn.Module] = list({id(m): m for m in (network, getattr(network, "get_base_model", lambda: network)())}.values())
     wrapped: list[dict[str, Any]] = [
@@ -271,9 +370,14 @@ def _as_it_was(language: LanguageModel) -> Iterator[None]:
     configs = [module.config for module in modules]
     caches = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
     hooks = [(module, set(module._forward_hooks)) for module in network.modules()]
+    droppers = _droppers(network)
+    for holder, name, _ in droppers:
+        setattr(holder, name, 0.0)
     try:
         yield
     finally:
+        for holder, name, rate in droppers:
+            setattr(holder, name, rate)
         for module, before in zip(modules, wrapped, strict=True):
             for name in ("forward", "_original_forward"):
                 vars(module).pop(name, None)

@@ -8,7 +8,8 @@ with c_i whether an answer is correct, n+ their number in the group, and d = 1 -
     L = token mean of GRPO's clipped term + beta mean_i[ W_i 1/|o_i| sum_t k3_it ]
 
 The first makes wrong answers that are longer than the right ones worse; the second lets go of the reference where few answers are right.
-k3 as a loss is the forward KL(reference || policy).
+k3 as a loss is the forward KL(reference || policy). The token mean is that of an update, whatever goes through the model at once; the
+released code's is of each 2 answers.
 
 As released, `positive_mask: advantage`: positive is what has A_i > 0, so a wrong answer in the right format may count as one, and STCR then
 rewards its length. `correctness` is our mend: positive is what is correct, and STCR is for wrong answers with A_i < 0 alone. lambda is a

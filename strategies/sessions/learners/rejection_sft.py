@@ -21,10 +21,11 @@ from streamcl.learner import Report
 from streamcl.nn.model import Model
 from streamcl.options import Fraction, Optimizer, PositiveFloat, PositiveInt, Schedule
 from streamcl.seeding import generator
-from streamcl.stream import Batch, Task, take
+from streamcl.stream import Batch, Task
 from streamcl.verifier import Verifier
 from streamcl.verifiers.own import Own
 
+from ._judging import judged, names_of, repeated
 from ._supervised import RESPONSE, Supervised
 
 
@@ -78,7 +79,11 @@ class RejectionSFT(Supervised):
         """What of this round's answers is kept."""
         context, number = self.context, self.round
         draw = generator(context.seed, "rejection", task.index, number)
-        rows = torch.randperm(len(task.train), generator=draw)[: self.prompts]
+        count = len(task.train)
+        if task.about.get("ordered"):  # on from where the last round ended
+            rows = torch.arange(self.prompts)[:count].add(number * self.prompts).remainder(count)
+        else:
+            rows = torch.randperm(count, generator=draw)[: self.prompts]
         raw = task.train[rows]
         spoken = self.language.speak(context.prepare(raw, train=False), temperature=self.temperature, samples=self.group, generator=draw)
         fits = self._judged(spoken.texts, raw) >= self.accept
@@ -97,21 +102,22 @@ class RejectionSFT(Supervised):
 
     def _judged(self, answers: list[str], raw: Batch) -> torch.Tensor:
         """The weighted mean of the rewards that say something of an answer; 0 where none does  # (answers,)"""
-        places = torch.arange(len(raw)).repeat_interleave(self.group)
-        rows = {name: take(column, places) for name, column in raw.extra.items()}
-        judged = torch.stack([verifier(answers, rows).float().cpu() for verifier in self.rewards], dim=1)
-        weights = torch.tensor([verifier.weight for verifier in self.rewards]) * ~judged.isnan()
-        return ((judged.nan_to_num(0.0) * weights).sum(dim=1) / weights.sum(dim=1)).nan_to_num(0.0)
+        rows = repeated(raw, self.group)
+        found = torch.stack(
+            [judged(*named, answers, rows).cpu() for named in zip(self.rewards, names_of(self.rewards), strict=True)], dim=1
+        )
+        weights = torch.tensor([verifier.weight for verifier in self.rewards]) * ~found.isnan()
+        return ((found.nan_to_num(0.0) * weights).sum(dim=1) / weights.sum(dim=1)).nan_to_num(0.0)
 
     def _learn(self, task: Task, kept: list[tuple[int, str]]) -> None:
         if not kept:
             return
-        context, name = self.context, f"round {self.round + 1}"
+        context, name, ordered = self.context, f"round {self.round + 1}", bool(task.about.get("ordered"))
         rows = task.train[torch.tensor([row for row, _ in kept])]
         assert rows.target is not None
         data = ArrayDataset(rows.inputs, rows.target, rows.ids, rows.present, {**rows.extra, RESPONSE: [answer for _, answer in kept]})
         for epoch in context.epochs(self.epochs, name):
-            for raw in context.batches(data, self.batch, epoch=epoch, name=name, every=self.accumulate):
+            for raw in context.batches(data, self.batch, epoch=epoch, name=name, shuffle=not ordered, every=self.accumulate):
                 answers = raw.extra[RESPONSE]
                 assert isinstance(answers, list)
                 self.teach(raw, answers)

@@ -21,8 +21,8 @@ from ._supervised import TRIED, Supervised, Template
 
 
 class SFT(Supervised):
-    """A session goes through its rows `epochs` times, or makes `steps` updates where they are given; in the scenario's own order unless
-    it shuffles."""
+    """A session goes through its rows `epochs` times, or makes `steps` updates where they are given; in an order of its own where
+    the task has none and `shuffle` is set."""
 
     def __init__(
         self,
@@ -57,8 +57,9 @@ class SFT(Supervised):
         return self.step, self.total
 
     def _batches(self, task: Task, context: Context, epochs: int) -> Iterator[Batch]:
+        shuffle = self.shuffle and not task.about.get("ordered")
         for epoch in context.epochs(epochs, "session"):
-            for raw in context.batches(task.train, self.batch, epoch=epoch, name="session", shuffle=self.shuffle, every=self.accumulate):
+            for raw in context.batches(task.train, self.batch, epoch=epoch, name="session", shuffle=shuffle, every=self.accumulate):
                 if self.step == self.total:
                     return
                 yield raw

@@ -8,11 +8,11 @@ given to the same frames in random order; they are judged, and nothing is learne
     A_i = (r_i - mean r) / (std r + 1e-4),    L = mean_i 1/|o_i| sum_t [ -rho_it A_i + beta k3_it ]
 
 strictly on policy, so there is nothing to clip; u in k3 is bounded by 10, and k3 is the forward KL(reference || policy). What has no frames
-gets no temporal reward. The 0.8 stands in the released code alone. The rule is also met where p~ is small, so a bonus by itself is no
-sign of an order that was understood; compare p with p~ (figures `ordered`, `shuffled`).
+gets no temporal reward, and a stream without any is refused. The 0.8 stands in the released code alone. The rule is also met where p~ is
+small, so a bonus by itself is no sign of an order that was understood; compare p with p~ (figures `ordered`, `shuffled`).
 
-Rewards are the row's own verifier and the format <think>...</think><answer>...</answer>. Defaults: the released ones (8 answers, AdamW at
-1e-6 with a cosine, beta 0.04). Supervised training comes first.
+Rewards are the row's own verifier and the format <think>...</think><answer>...</answer>. Defaults: the released ones (8 answers, sampled
+with top-p 0.95, AdamW at 1e-6 with a cosine, beta 0.04). Supervised training comes first.
 
 Evidence: small real data
 """
@@ -24,7 +24,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from streamcl.errors import ConfigError
-from streamcl.options import NonNegativeFloat, NonNegativeInt, Optimizer, PositiveFloat, PositiveInt, Schedule
+from streamcl.options import Fraction, NonNegativeFloat, NonNegativeInt, Optimizer, PositiveFloat, PositiveInt, Schedule
 from streamcl.verifier import Verifier
 from streamcl.verifiers.format import Format
 
@@ -53,9 +53,10 @@ class TGRPO(PolicyLearner):
         optimizer: Optimizer = Optimizer(name="adamw", lr=1e-6, weight_decay=0.01),  # noqa: B008
         schedule: Schedule = Schedule(name="cosine"),  # noqa: B008
         clip: PositiveFloat | None = 5.0,
+        top_p: Fraction = 0.95,
         **options: Any,
     ) -> None:
-        super().__init__(updates=updates, beta=beta, optimizer=optimizer, schedule=schedule, clip=clip, **options)
+        super().__init__(updates=updates, beta=beta, optimizer=optimizer, schedule=schedule, clip=clip, top_p=top_p, **options)
         if shortest > longest:
             raise ConfigError(f"learner: shortest is {shortest} and longest {longest}: no length is in between")
         self.bonus, self.ratio = bonus, ratio

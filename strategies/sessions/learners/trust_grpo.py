@@ -8,8 +8,9 @@ in [0, 1] what the reward model says of its thinking, and in each group mu_c the
     A_i = (R_i - mean R) / (std R + 1e-6),    and GRPO's loss with k3 (the forward KL), token mean
 
 A reward model that rates the thinking of wrong answers higher is not trusted there. A group without correct or without wrong answers has
-gamma 1: nothing speaks against the model. `reward_model` is any verifier; it is given the thinking alone, up to </think>, and the rows
-without their answers, for it must not know what is right. What it cannot judge (NaN) counts nothing.
+gamma 1: nothing speaks against the model. `reward_model` is any verifier (`judge` is a language model); it is given the thinking alone,
+up to </think>, and of the rows nothing but the columns question, choices, skill, difficulty and length, for it must not know what is right.
+It sees no picture, which the paper's does. What it cannot judge (NaN) counts nothing.
 
 The released code asks the reward model only where R^o >= 0.2 and takes 0 elsewhere, and leaves it out of groups with every R^o >= 0.9 or
 every R^o <= 0.1 (`trm_call: outcome>=0.2`). On rewards of 0 and 1 gamma is then always 1. By default all are asked, as the paper says. Its
@@ -31,12 +32,16 @@ import torch
 from torch import Tensor
 
 from streamcl.options import NonNegativeFloat, Optimizer, PositiveFloat, PositiveInt
+from streamcl.strategy import plugin_name
 from streamcl.stream import Column
 from streamcl.verifier import Verifier
 from streamcl.verifiers.thought import Thought
 
+from ._judging import judged
 from ._policy import PolicyLearner
 from ._rollouts import Rollouts, total
+
+SHOWN = ("question", "choices", "skill", "difficulty", "length")  # columns that do not tell the answer
 
 
 class TrustGRPO(PolicyLearner):
@@ -66,8 +71,8 @@ class TrustGRPO(PolicyLearner):
         self.alpha, self.trust, self.anneal_scope, self.trm_call = alpha, trust, anneal_scope, trm_call
 
     def judge(self, answers: Sequence[str], rows: Mapping[str, Column]) -> dict[str, Tensor]:
-        without_answers = {name: column for name, column in rows.items() if name != "answer"}
-        return {"thinking": self.reward_model([thinking(answer) for answer in answers], without_answers)}
+        shown = {name: column for name, column in rows.items() if name in SHOWN}
+        return {"thinking": judged(self.reward_model, plugin_name(self.reward_model), [thinking(answer) for answer in answers], shown)}
 
     def rated(self, rollouts: Rollouts) -> Tensor:
         """R^t; NaN where it is not known  # (N,)"""

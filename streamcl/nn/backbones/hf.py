@@ -5,8 +5,8 @@ beside the weights. Text is tokenised as it arrives and cut at `max_length` toke
 model's image processor, and one channel is repeated in three. `pooling` makes one vector of the tokens: their mean (over those that are
 no padding), the first one (cls), or the model's own pooler. A ViLT reads an image and a text at once (`hf:dandelin/vilt-b32-mlm`), takes
 prompts, and always gives its pooled first token; texts are padded to `max_length` or what it has places for. Where the stream is to be
-answered in words it is a language model that speaks (`hf:Qwen/Qwen2.5-VL-7B-Instruct`), as the backbone language_model has it with its
-defaults. The licence is the weights' own, from the model card where it lies beside.
+answered in words it is a language model that speaks (`hf:Qwen/Qwen2.5-VL-7B-Instruct`), as the backbone language_model has it: the options
+from `longest` on are its own, which see, with its defaults. The licence is the weights' own, from the model card where it lies beside.
 """
 
 from __future__ import annotations
@@ -46,8 +46,25 @@ class HuggingFace(Pretrained):
         revision: str | None = None,
         frozen: bool = False,
         modality: str | None = None,
+        longest: PositiveInt | None = None,
+        prompt: str | None = None,
+        system: str | None = None,
+        pixels: tuple[int, int] | None = None,
+        vision: bool | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] | None = None,
+        at_once: PositiveInt | None = None,
     ) -> None:
         super().__init__(frozen)
+        told = {
+            "longest": longest,
+            "prompt": prompt,
+            "system": system,
+            "pixels": pixels,
+            "vision": vision,
+            "dtype": dtype,
+            "at_once": at_once,
+        }
+        self.spoken = {name: value for name, value in told.items() if value is not None}
         self.model, self.pooling, self.max_length, self.revision, self.modality = model, pooling, max_length, revision, modality
 
     def find(self) -> Path:
@@ -57,10 +74,16 @@ class HuggingFace(Pretrained):
 
     def load(self, info: StreamInfo) -> None:
         if "verified" in info.metrics:
-            self.speaker = Speaker(model=self.model, revision=self.revision)
+            options: dict[str, Any] = self.spoken
+            self.speaker = Speaker(model=self.model, revision=self.revision, **options)
             self.speaker.build(info)
             self.kind, self.dim, self.origin, self.licence = SPEAKS, self.speaker.dim, self.speaker.origin, self.speaker.licence
             return
+        if self.spoken:
+            raise ConfigError(
+                f"backbone {self.reader}: only models that answer in words have {' and '.join(self.spoken)}, and this stream is not "
+                "answered in words: leave it out"
+            )
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         folder = self.find()

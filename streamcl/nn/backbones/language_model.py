@@ -7,7 +7,8 @@ converse: its processor renders the prompt by the model's own chat template.
 
 A row's text becomes one message after its pictures; `prompt` is what is said around it (`{question}`, and `{choices}` where rows have
 some), `system` the message before it. Frames of a video are given as pictures. `dtype` is what the weights are kept in: bfloat16 on a GPU
-that has it, unless it is named. The vision tower is frozen unless `vision` is true. The licence is the weights' own, from the model card.
+that has it, unless it is named; weights that learn without an adapter want float32, since bfloat16 rounds small steps away. The vision
+tower is frozen unless `vision` is true. The licence is the weights' own, from the model card.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Speaker(LanguageModel):
         pixels: tuple[int, int] | None = None,  # of a picture, at least and at most, where the processor scales pictures by their area
         vision: bool = False,  # whether the vision tower learns
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        at_once: PositiveInt = 32,  # answers that are written side by side
+        at_once: PositiveInt = 32,  # rows that go through the network together
         revision: str | None = None,
     ) -> None:
         super().__init__()
@@ -61,6 +62,8 @@ class Speaker(LanguageModel):
         self.pixels, self.vision, self.dtype, self.at_once, self.revision = pixels, vision, dtype, at_once, revision
         self._held: dict[str, Tensor] = {}  # of parameters that changed since: what they were when the stream began
         self._kept: dict[str, dict[str, Any]] = {}  # policy -> its active adapters, and the tensors in which it is not the base
+        self._near: dict[str, dict[str, Tensor]] = {}  # what a policy computes by, while it is asked again and again
+        self._places: dict[tuple[int, ...], int] = {}  # size of a picture -> tokens that it takes beyond its sign
 
     # -- making it --------------------------------------------------------------------------------------------------------------------
 
@@ -147,9 +150,12 @@ class Speaker(LanguageModel):
 
     def save(self, folder: Path) -> dict[str, Any]:
         network = self.network
-        if hasattr(network, "merge_and_unload"):
-            network = copy.deepcopy(network).merge_and_unload()
-        network.save_pretrained(folder)
+        if not hasattr(network, "peft_config"):
+            network.save_pretrained(folder)
+        elif set(network.peft_config) == set(network.active_adapters):
+            network.get_base_model().save_pretrained(folder, state_dict=_merged(network.get_base_model()))
+        else:
+            raise ConfigError(f"{self.model} answers by one of several adapters, and its own file holds one model: it cannot be exported")
         self.processor.save_pretrained(folder)
         return {"model": ".", "revision": None}
 
@@ -179,9 +185,12 @@ class Speaker(LanguageModel):
         count = torch.zeros(len(batch), dtype=torch.int64)
         for name in self.seen:
             if name in batch.inputs:
-                values = numbers(batch, name)
-                count += (values.shape[1] if values.dim() == 5 else 1) * self._there(batch, name)
+                count += self._shown(batch, name)
         return count
+
+    def _shown(self, batch: Batch, name: str) -> Tensor:
+        values = numbers(batch, name)
+        return (values.shape[1] if values.dim() == 5 else 1) * self._there(batch, name)
 
     @staticmethod
     def _there(batch: Batch, name: str) -> Tensor:
@@ -213,7 +222,7 @@ class Speaker(LanguageModel):
         lengths = torch.tensor([len(row) for row in ids])
         tokens = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(self.device)
         mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long().to(self.device)
-        inputs = self._asked(batch, tokens.shape[1])
+        inputs = self._asked(batch, tokens.shape[1], lengths)
         prompt = torch.full_like(inputs["input_ids"], -100)
         labels = torch.cat([prompt, tokens.masked_fill(mask == 0, -100)], dim=1)
         return {**self._placed(self._continued(inputs, tokens, mask)), "labels": labels}
@@ -234,18 +243,52 @@ class Speaker(LanguageModel):
             if isinstance(value, Tensor)
         }
 
-    def _asked(self, batch: Batch, answer: int) -> dict[str, Tensor]:
+    def _asked(self, batch: Batch, answer: int, each: Tensor | None = None) -> dict[str, Tensor]:
         """The prompts, where there is room for an answer of so many tokens after each."""
         inputs = self.prompts(batch)
-        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        if limit is None or inputs["input_ids"].shape[1] + answer <= limit:
-            return inputs
-        lengths = inputs["attention_mask"].sum(dim=1)
-        row = int(lengths.argmax())
-        raise DataError(
-            f"row {int(batch.ids[row])}: its prompt has {int(lengths[row])} tokens and an answer up to {answer}, and {self.model} reads "
-            f"{limit} in all: take shorter prompts, smaller pictures (backbone pixels), or a smaller longest"
-        )
+        limit = self._limit()
+        if limit is not None and inputs["input_ids"].shape[1] + answer > limit:
+            self._check_room(batch, inputs["attention_mask"].sum(dim=1).cpu(), torch.tensor(answer) if each is None else each)
+        return inputs
+
+    def _limit(self) -> int | None:
+        return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_rows(self, batch: Batch, answers: Sequence[str] | None = None) -> None:
+        if self._limit() is None:
+            return
+        room = torch.tensor(self.longest)
+        if answers is not None:
+            room = torch.tensor([len(row) + 1 for row in self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]])
+        self._check_room(batch, self._lengths(batch), room)
+
+    def _check_room(self, batch: Batch, prompts: Tensor, answers: Tensor) -> None:
+        limit, answers = self._limit(), answers.expand(len(prompts))
+        row = int((prompts + answers).argmax())
+        if limit is not None and int(prompts[row] + answers[row]) > limit:
+            raise DataError(
+                f"row {int(batch.ids[row])}: its prompt has {int(prompts[row])} tokens and an answer up to {int(answers[row])}, and "
+                f"{self.model} reads {limit} in all: take shorter prompts, smaller pictures (backbone pixels), or a smaller longest"
+            )
+
+    def _lengths(self, batch: Batch) -> Tensor:
+        """How many tokens each prompt has, found without its pictures: those of one size take as many each  # (rows,)"""
+        rendered = [self._render(conversation) for conversation in self.conversations(batch)]
+        lengths = torch.tensor([len(row) for row in self.tokenizer(rendered, add_special_tokens=False)["input_ids"]])
+        for name in self.seen:
+            if name in batch.inputs:
+                lengths += self._shown(batch, name) * self._taken(tuple(numbers(batch, name).shape[-2:]))
+        return lengths
+
+    def _taken(self, size: tuple[int, ...]) -> int:
+        from PIL import Image
+
+        if size not in self._places:
+            rendered = self._render(self._conversation(PROBE, "", 1))
+            picture = Image.new("RGB", (size[1], size[0]))
+            made = self.processor(text=[rendered], images=[[picture]], add_special_tokens=False, return_tensors="pt")
+            self._places[size] = made["input_ids"].shape[1] - len(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return self._places[size]
 
     @staticmethod
     def _continued(inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -270,11 +313,16 @@ class Speaker(LanguageModel):
 
     def forward(self, batch: Batch) -> Tensor:
         """The hidden state of the token after which an answer would begin  # (batch, dim)"""
-        return (
-            self.network(**self._placed(self._asked(batch, 0)), output_hidden_states=True, logits_to_keep=1)
-            .hidden_states[-1][:, -1]
-            .float()
-        )
+        whole = getattr(self.network, "get_base_model", lambda: self.network)()  # an adapter lies in its layers
+        parts = [
+            whole.base_model(**self._placed(self._asked(part, 0)), use_cache=False).last_hidden_state[:, -1].float()
+            for part in self._parts(batch, self.at_once)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def _parts(batch: Batch, step: int) -> list[Batch]:
+        return [batch[start : start + step] for start in range(0, len(batch), step)] if len(batch) > step else [batch]
 
     @torch.no_grad()
     def speak(
@@ -292,10 +340,7 @@ class Speaker(LanguageModel):
         modes = [module for module in self.network.modules() if module.training]
         self.network.eval()
         try:
-            parts = [
-                self.write(batch[start : start + step] if len(batch) > step else batch, temperature, written, generator, longest)
-                for start in range(0, len(batch), step)
-            ]
+            parts = [self.write(part, temperature, written, generator, longest) for part in self._parts(batch, step)]
         finally:
             for module in modes:
                 module.training = True
@@ -363,19 +408,20 @@ class Speaker(LanguageModel):
         ):
             for name, value in self.network.named_parameters():
                 if id(value) in wanted and _plain(name) not in self._held:
-                    self._held[_plain(name)] = value.detach().clone()
+                    self._held[_plain(name)] = value.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def keep(self, name: str) -> None:
         if name == "base":
             raise ValueError("the base is what the stream began with: it is kept already")
         adapters = self._adapters()
-        tensors = {}
-        for key, value in self.network.named_parameters():
-            base = self._held.get(_plain(key))
-            if (base is not None and not torch.equal(base, value)) or (adapters and _of_adapter(key, adapters)):
-                tensors[_plain(key)] = value.detach().clone()
-        self._kept[name] = {"adapters": adapters, "tensors": tensors}
+        parameters = {_plain(key): value for key, value in self.network.named_parameters() if not _of_adapter(key, adapters)}
+        held = [key for key in parameters if key in self._held]
+        moved = [(self._held[key].to(parameters[key].device) != parameters[key]).any() for key in held]
+        changed = torch.stack(moved).tolist() if moved else []  # read once
+        tensors = {key: parameters[key] for key, differs in zip(held, changed, strict=True) if differs}
+        tensors |= {_plain(key): value for key, value in self.network.named_parameters() if _of_adapter(key, adapters)}
+        self._kept[name] = {"adapters": adapters, "tensors": {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}}
 
     def _adapters(self) -> list[str]:
         """The adapters that answer now."""
@@ -385,9 +431,9 @@ class Speaker(LanguageModel):
     def policy(self, name: str) -> Iterator[nn.Module]:
         if name != "base" and name not in self._kept:
             raise KeyError(f"no policy was kept under the name {name!r}; there are base, {', '.join(self._kept) or 'and no other'}")
-        chosen = self._kept[name] if name != "base" else {"adapters": [], "tensors": {}}
-        with torch.no_grad(), self._speaking_by(chosen["adapters"]):
-            instead, before = {**self._held, **chosen["tensors"]}, []
+        adapters = self._kept[name]["adapters"] if name != "base" else []
+        with torch.no_grad(), self._speaking_by(adapters):
+            instead, before = self._near.get(name) or self._instead(name), []
             for key, value in self.network.named_parameters():
                 if _plain(key) in instead:
                     before.append((value, value.data))
@@ -397,6 +443,18 @@ class Speaker(LanguageModel):
             finally:
                 for value, data in before:
                     value.data = data
+
+    def _instead(self, name: str) -> dict[str, Tensor]:
+        """The tensors in which a policy may not be the network as it is, where they were kept."""
+        return {**self._held, **(self._kept[name]["tensors"] if name != "base" else {})}
+
+    def divergence(self, batch: Batch, spoken: Spoken, name: str) -> tuple[Tensor, Tensor]:
+        if name == "base" or name in self._kept:
+            self._near[name] = {key: value.to(self.device) for key, value in self._instead(name).items()}
+        try:
+            return super().divergence(batch, spoken, name)
+        finally:
+            self._near.clear()
 
     @contextmanager
     def _speaking_by(self, adapters: Sequence[str]) -> Iterator[None]:
@@ -426,11 +484,13 @@ class Speaker(LanguageModel):
     def restore_kept(self, state: Mapping[str, Any]) -> None:
         """The network has the weights that the stream began with, as `build` and the starting model made them."""
         held = set(state["held"]) - self._held.keys()
-        self._held |= {_plain(key): value.detach().clone() for key, value in self.network.named_parameters() if _plain(key) in held}
+        self._held |= {
+            _plain(key): value.detach().to("cpu", copy=True) for key, value in self.network.named_parameters() if _plain(key) in held
+        }
         self._kept = {
             name: {
                 "adapters": list(policy["adapters"]),
-                "tensors": {key: value.to(self.device) for key, value in policy["tensors"].items()},
+                "tensors": {key: value.cpu() for key, value in policy["tensors"].items()},
             }
             for name, policy in state["policies"].items()
         }
@@ -439,6 +499,20 @@ class Speaker(LanguageModel):
 def _plain(name: str) -> str:
     """A parameter's name without what PEFT puts around it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _merged(network: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors with its adapters in them; it stays as it is, and one layer at a time is copied."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {f"{name}.": module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = tuple(layers)
+    tensors = {key: value for key, value in network.state_dict().items() if not key.startswith(inside)}
+    for name, layer in layers.items():
+        alone: Any = copy.deepcopy(layer)
+        alone.merge()
+        tensors |= {f"{name}{key}": value.cpu() for key, value in alone.get_base_layer().state_dict().items()}
+    return tensors
 
 
 def _of_adapter(name: str, adapters: Sequence[str]) -> bool:

@@ -78,13 +78,15 @@ class TinyVLM(Speaker):
     # -- what the processor would make, without it ------------------------------------------------------------------------------------
 
     def prompts(self, batch: Batch) -> dict[str, Tensor]:
-        ids = self._ids(batch)
-        lengths = torch.tensor([len(row) for row in ids])
+        ids, lengths = self._ids(batch), self._lengths(batch)
         tokens = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id, padding_side="left")
         mask = (torch.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]).long()
         inputs = {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
         pixels = self._pixels(batch)
         return inputs if pixels is None else {**inputs, "pixel_values": pixels}
+
+    def _lengths(self, batch: Batch) -> Tensor:
+        return torch.tensor([len(row) for row in self._ids(batch)])
 
     def _ids(self, batch: Batch) -> list[Tensor]:
         """The tokens of each row's prompt; a prompt that comes again is remembered."""
