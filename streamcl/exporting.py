@@ -347,18 +347,23 @@ def _card(about: Mapping[str, Any], scores: Mapping[str, Any], head: int, tasks:
     from_where = "from this folder"
     if own:
         from_where = f"from where you keep your own {' and '.join(own)} (it is not in this folder, and no code of this folder is run)"
+    taught, learned, listed = "classes", "A classifier that learned its classes", "Classes"
+    told = "gives the name of each sample's class, `model.scores(inputs)`\na score for every class"
+    if info.target == "text":
+        taught, learned, listed = "kinds of questions", "A language model that learned to answer them", "Kinds of questions"
+        told = "gives\nwhat the model answers to each"
     return f"""---
 {yaml.safe_dump(tags, sort_keys=False)}---
-# {backbone}, taught {len(about["classes"])} classes by {strategy}
+# {backbone}, taught {len(about["classes"])} {taught} by {strategy}
 
-A classifier that learned its classes in {tasks} tasks, one after another, with streamcl {about["version"]}.
+{learned} in {tasks} tasks, one after another, with streamcl {about["version"]}.
 It takes {described(info.modalities)}.
 
 ## Scores
 
 {_score_tables(scores)}
 
-## Classes
+## {listed}
 
 {", ".join(about["classes"])}
 
@@ -372,8 +377,7 @@ Weights: {licence["weights"]}. Data that it was trained on: {"none stated" if li
 
 ## How to load it
 
-With streamcl, {from_where}; `model.predict(inputs)` takes raw inputs and gives the name of each sample's class, `model.scores(inputs)`
-a score for every class:
+With streamcl, {from_where}; `model.predict(inputs)` takes raw inputs and {told}:
 
 ```python
 import streamcl

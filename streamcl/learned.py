@@ -92,7 +92,12 @@ class Learned:
         return torch.cat([images for images in found if images is not None])
 
     def predict(self, inputs: Any) -> list[Any]:
-        """The name of each sample's class; a list of names where a sample may have several, or of values where there are no classes."""
+        """The name of each sample's class; a list of names where a sample may have several, or of values where there are no classes; or
+        what the model says, where it answers in words."""
+        if self.info.target == "text":
+            batch = self.batch(inputs)
+            found = [self.answer(batch[start : start + CHUNK]).texts for start in range(0, len(batch), CHUNK)]
+            return [text for texts in found for text in texts or ()]
         scores = self.scores(inputs)
         if self.info.target == "labels":
             given = Prediction(scores, threshold=self.info.threshold).labels()

@@ -17,6 +17,7 @@ from test_strategies import learn
 from torch import Tensor
 from toy_speaker import BEGIN, ToySpeaker
 
+import streamcl
 from streamcl import exporting, running
 from streamcl.checkpoint import Checkpoints
 from streamcl.config import from_mapping
@@ -543,3 +544,19 @@ def test_a_model_by_its_folder_learns_by_reinforcement_through_an_adapter(tmp_pa
     learned, scored = (event["fields"] for event in events if event["kind"] == "figures")
     assert {"reward", "reward/own", "reward/Even", "length", "kl"} <= learned.keys()
     assert scored["kl_base_new"] > 0
+
+
+def test_an_export_answers_in_words_and_its_card_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    running.run(small_run("sequential", log=[]), out=run)
+    exporting.export(run, tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    assert "A language model that learned to answer them" in card and "classifier" not in card
+    model, before = streamcl.load(tmp_path / "model"), streamcl.load(run)
+    shapes = {name: modality.shape for name, modality in model.info.modalities.items() if modality.kind != "text"}
+    asked = {
+        "text": ["How many things are there?"] * 2,
+        **{name: torch.zeros(2, *shape, dtype=torch.uint8) for name, shape in shapes.items()},
+    }
+    said = model.predict(asked)
+    assert len(said) == 2 and all(isinstance(text, str) for text in said) and said == before.predict(asked)
