@@ -1,5 +1,7 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines anywhere else, and the accuracy matrix at the end (of a
-test-time stream a line for each domain)."""
+"""What a person sees while a run goes on: a live line in a terminal, plain lines anywhere else, and the accuracy matrix at the end.
+
+Of a test-time stream it is a line for each domain.
+"""
 
 from __future__ import annotations
 

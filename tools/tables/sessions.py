@@ -91,8 +91,8 @@ def page(path: Path) -> str:
         "# Sessions: learners of language models on visual puzzles",
         "",
         "A tiny vision-language model, warmed up under supervision on all skills, and then trained skill by skill; greedy answers to",
-        f"held-out puzzles, in %: mean ± standard deviation over seeds {', '.join(map(str, seeds))}. A column is a skill, a row what was",
-        "scored after that session. `KL` is the divergence of the policy from that at the session's start, in nats per answer, on held-out",
+        "held-out puzzles, in %: mean ± standard deviation over as many seeds, from 0, as stand in the row. A column is a skill, a row what",
+        "was scored after that session. `KL` is the divergence of the policy from that at the session's start, in nats per answer, on held-out",
         "prompts of the new skill: forward KL(before || after), reverse KL(after || before).",
         "",
         "Made by `python tools/tables/sessions.py > docs/results/sessions.md`.",
@@ -106,15 +106,16 @@ def page(path: Path) -> str:
     text += [
         "## In one table",
         "",
-        "| | first session, held-out | gain | all skills at the end | forgetting | pass@k at the end | length | ",
+        "| | seeds | first session, held-out | gain | all skills at the end | forgetting | pass@k at the end | length | ",
     ]
     text[-1] += "format | KL forward | KL reverse | processor seconds |"
-    text += ["| --- |" + " ---: |" * 10]
+    text += ["| --- |" + " ---: |" * 11]
     for name, runs in every.items():
         first = [one["matrix"][0][0] for one in runs]
         gain = [one["matrix"][0][0] - one["before"][0] for one in runs]
         best = [statistics.mean(head[-1]) for one in runs for head in one["heads"].values()]
         cells = [
+            str(len(runs)),
             shown(first),
             shown(gain),
             shown([one["final"] for one in runs]),
