@@ -51,6 +51,8 @@ def run(trained, tmp_path) -> Path:
 class Process:
     """A server of its own process, and where it listens."""
 
+    patience = 20  # seconds until an answer
+
     def __init__(self, run: Path, *command: str) -> None:
         self.log = run / "log"
         environment = {**os.environ, "STREAMCL_PREDICT_TOKEN": PREDICT, "STREAMCL_CHANGE_TOKEN": CHANGE, "OMP_NUM_THREADS": "1"}
@@ -70,7 +72,7 @@ class Process:
         raise AssertionError("it does not answer")
 
     def ask(self, method, path, body=None, headers=ASK):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.patience)
         try:
             connection.request(method, path, None if body is None else json.dumps(body), {**headers, "Content-Type": "application/json"})
             answer = connection.getresponse()

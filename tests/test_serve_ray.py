@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
@@ -78,20 +77,12 @@ def test_without_ray_the_extra_is_named(trained, monkeypatch):
 class Replicas(Process):
     """`streamcl serve --replicas` and the processes that are its children."""
 
+    patience = 100  # until a replica that was killed is there again, on a machine that has much else to do
+
     def __init__(self, run: Path) -> None:
         options = ("--replicas", str(REPLICAS), "--port", "0", "--threads", "1", "--body", "100000", "--timeout", "30")
         super().__init__(run, "-m", "streamcl.cli", "serve", str(run), *options)
         self.run, self.all = run, psutil.Process(self.process.pid)
-
-    def ask(self, method, path, body=None, headers=ASK):
-        """As long as it may take until a replica that was killed is there again, on a machine that has much else to do."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body), {**headers, "Content-Type": "application/json"})
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-        finally:
-            connection.close()
 
     def of(self, role: str) -> set[int]:
         """The replicas that adapt, or follow, by their process."""

@@ -754,7 +754,7 @@ def test_a_prompt_that_is_too_long_is_named() -> None:
     with pytest.raises(DataError, match="row 0: its prompt has 83 tokens"):
         session.run()
     session.data.inputs["question"] = [*questions(5), "1 plus " * 40]  # one that is not among those that are tried
-    with pytest.raises(DataError, match="a prompt has 83 tokens"):
+    with pytest.raises(DataError, match="row 5: its prompt has 83 tokens"):
         session.run()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
@@ -19,7 +20,7 @@ from streamcl.options import Optimizer, PositiveFloat, PositiveInt, Schedule
 from streamcl.strategy import learning_rate_factor, make_optimizer
 from streamcl.stream import Batch, StreamInfo, Task
 
-TRIED = 4  # rows that are put to the model before anything is learned
+LOOKED_AT = 256  # rows at once, where they are measured before anything is learned
 RESPONSE = "response"  # the column that holds what a row is to be answered with, word for word
 
 
@@ -50,12 +51,19 @@ class Supervised(Learner):
         self.language: LanguageModel = language
 
     def check(self, task: Task) -> None:
-        first = next(iter(task.train.batches(TRIED)))
-        self.language.encode(self.context.prepare(first, train=False))  # which refuses what the model has no room for
+        for raw in task.train.batches(LOOKED_AT):
+            prepared, answers = self.context.prepare(raw, train=False), self.taught(raw)
+            self.language.check_rows(prepared)
+            if answers is not None:
+                self.language.check_rows(prepared, answers)
 
+    def taught(self, raw: Batch) -> list[str] | None:
+        """What a batch's rows are to be answered with, where that is known before the session."""
+        return None
+
+    @abstractmethod
     def progress(self) -> tuple[int, int]:
         """How far the session got, of how much: what the schedule goes by."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """A fresh optimiser, or that of the session that was interrupted."""

@@ -45,6 +45,7 @@ SIDE = 96  # pixels of a picture that is shown beside an answer, at most
 LARGE, AT_ONCE = 100_000_000, 8  # of a model with more weights so few rows go through forward and backward together
 SHOWN = ("image", "video")  # kinds of modalities that are pictures to a language model
 TRIED = 4  # rows that the rewards are tried on before anything is learned
+LOOKED_AT = 256  # rows at once, where their prompts are measured before that
 
 
 class LanguageSession:
@@ -102,7 +103,6 @@ class LanguageSession:
             raise ConfigError(f"{task.name} is a live source, and a session goes through its prompts by their index: record it first")
         first = task.train[torch.arange(min(TRIED, len(task.train)))]
         batch = self.learner.context.preparation(first, False, torch.Generator())
-        self.language.encode(batch)  # which refuses what the model has no room for
         processor, sign = self.language.processor, getattr(self.language.processor, "image_token", None)
         for row, shown in zip(self.language.conversations(batch), self.language.pictures(batch), strict=True):
             prompt = processor.apply_chat_template(row, tokenize=False, add_generation_prompt=True)
@@ -119,6 +119,8 @@ class LanguageSession:
         unseen = _without_inputs(task.train)
         if unseen is not None and len(unseen):
             self._check_all(task, unseen[torch.arange(len(unseen))])
+        for raw in task.train.batches(LOOKED_AT):
+            self.language.check_rows(self.learner.context.preparation(raw, False, torch.Generator()))
 
     def _check_all(self, task: Task, rows: Batch) -> None:
         """What is told of all rows without their pictures."""

@@ -19,7 +19,7 @@ from streamcl.context import Context
 from streamcl.data import ArrayDataset
 from streamcl.learner import Report
 from streamcl.nn.model import Model
-from streamcl.options import Fraction, Optimizer, PositiveFloat, PositiveInt, Schedule
+from streamcl.options import Fraction, PositiveFloat, PositiveInt
 from streamcl.seeding import generator
 from streamcl.stream import Batch, Task
 from streamcl.verifier import Verifier
@@ -41,13 +41,9 @@ class RejectionSFT(Supervised):
         most: PositiveInt | None = None,
         temperature: PositiveFloat = 1.0,
         epochs: PositiveInt = 1,
-        batch: PositiveInt = 32,
-        accumulate: PositiveInt = 1,
-        optimizer: Optimizer = Optimizer(name="adamw", lr=1e-5, weight_decay=0.0),  # noqa: B008
-        schedule: Schedule = Schedule(),  # noqa: B008
-        clip: PositiveFloat | None = 1.0,
+        **options: Any,
     ) -> None:
-        super().__init__(batch=batch, accumulate=accumulate, optimizer=optimizer, schedule=schedule, clip=clip)
+        super().__init__(**options)
         self.rounds, self.prompts, self.group, self.epochs, self.temperature = rounds, prompts, group, epochs, temperature
         self.rewards: tuple[Verifier, ...] = tuple(rewards) or (Own(),)
         self.accept, self.most = accept, most

@@ -10,14 +10,15 @@ Evidence: small real data
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from streamcl.context import Context
 from streamcl.learner import Report
 from streamcl.nn.model import Model
-from streamcl.options import Optimizer, PositiveFloat, PositiveInt, Schedule
+from streamcl.options import PositiveInt
 from streamcl.stream import Batch, Task
 
-from ._supervised import TRIED, Supervised, Template
+from ._supervised import Supervised, Template
 
 
 class SFT(Supervised):
@@ -31,19 +32,14 @@ class SFT(Supervised):
         epochs: PositiveInt = 1,
         steps: PositiveInt | None = None,
         shuffle: bool = True,
-        batch: PositiveInt = 32,
-        accumulate: PositiveInt = 1,
-        optimizer: Optimizer = Optimizer(name="adamw", lr=1e-5, weight_decay=0.0),  # noqa: B008
-        schedule: Schedule = Schedule(),  # noqa: B008
-        clip: PositiveFloat | None = 1.0,
+        **options: Any,
     ) -> None:
-        super().__init__(batch=batch, accumulate=accumulate, optimizer=optimizer, schedule=schedule, clip=clip)
+        super().__init__(**options)
         self.template = Template(template)
         self.epochs, self.steps, self.shuffle = epochs, steps, shuffle
 
-    def check(self, task: Task) -> None:
-        super().check(task)
-        self.template.filled(next(iter(task.train.batches(TRIED))))
+    def taught(self, raw: Batch) -> list[str]:
+        return self.template.filled(raw)
 
     def fit(self, model: Model, task: Task, context: Context) -> Report:
         each = -(-len(task.train) // (self.batch * self.accumulate))
